@@ -1,0 +1,45 @@
+"""MMAR: text from images and images from text with one model (arXiv 2410.10798)."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+# In a checkout the folders stand beside this one; in an installation they stand inside it.
+_checkout = Path(__file__).resolve().parent.parent
+if (_checkout / "pyproject.toml").is_file() and (_checkout / "modeling_mmar").is_dir():
+    __path__.append(str(_checkout))
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "MMARConfig": "modeling_mmar.configuration_mmar",
+    "MMARViTConfig": "modeling_mmar.configuration_mmar",
+    "MMARDiffusionConfig": "modeling_mmar.configuration_mmar",
+    "MMARModel": "modeling_mmar.modeling_mmar",
+    "MMARForConditionalGeneration": "modeling_mmar.modeling_mmar",
+    "MMARImageProcessor": "processors.image_processing_mmar",
+    "MMARProcessor": "processors.processing_mmar",
+    "MMARPipeline": "pipelines.pipeline_mmar",
+    "MMARPipelineOutput": "pipelines.pipeline_mmar",
+    "MMARTextToImagePipeline": "pipelines.text_to_image_mmar",
+    "MMARTrainer": "training.trainer",
+    "MMARTrainingArguments": "training.trainer",
+}
+
+__all__ = sorted(_EXPORTS)
+
+if TYPE_CHECKING:
+    from .modeling_mmar.configuration_mmar import MMARConfig, MMARDiffusionConfig, MMARViTConfig
+    from .modeling_mmar.modeling_mmar import MMARForConditionalGeneration, MMARModel
+    from .pipelines.pipeline_mmar import MMARPipeline, MMARPipelineOutput
+    from .pipelines.text_to_image_mmar import MMARTextToImagePipeline
+    from .processors.image_processing_mmar import MMARImageProcessor
+    from .processors.processing_mmar import MMARProcessor
+    from .training.trainer import MMARTrainer, MMARTrainingArguments
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'mmar' has no attribute {name!r}")
+    return getattr(import_module(f".{_EXPORTS[name]}", __name__), name)

@@ -1,0 +1,226 @@
+"""MMAR configuration. Defaults are MMAR-0.5B (arXiv 2410.10798, suppl. Table 5)."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+# LDM's KL-16 in diffusers' terms: a 256 x 256 picture becomes 16 x 16 tokens of 16 channels (suppl. Sec. 6.1).
+KL16_CONFIG = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"] * 4 + ["AttnDownEncoderBlock2D"],
+    "up_block_types": ["AttnUpDecoderBlock2D"] + ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 128, 256, 256, 512],
+    "layers_per_block": 2,
+    "latent_channels": 16,
+    "norm_num_groups": 32,
+    "sample_size": 256,
+    # Not measured yet: `scaling_factor` = 1 / std of the latents of the data at hand.
+    "scaling_factor": 1.0,
+}
+
+# Qwen2-0.5B-Instruct (suppl. Sec. 6.1), the fields that differ from Qwen2Config's defaults.
+QWEN2_0_5B_CONFIG = {
+    "vocab_size": 151936,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+    "tie_word_embeddings": True,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "pad_token_id": 151643,
+}
+
+# The paper's protocol: one token per step, 100 DDPM steps each (Sec. 4.6), guidance 10 (suppl. Sec. 6.5).
+PAPER_IMAGE_GENERATION = {"num_ar_steps": 256, "num_inference_steps": 100, "guidance_scale": 10.0}
+
+PREDICTION_TYPES = ("v_prediction", "epsilon")
+
+
+@strict
+class MMARViTConfig(PreTrainedConfig):
+    r"""
+    EmbeddingViT: a ViT encoder over the known image tokens (Sec. 3.3.2; suppl. Table 5).
+
+    Args:
+        hidden_size (`int`, *optional*, defaults to 1024): Width d_ViT.
+        num_hidden_layers (`int`, *optional*, defaults to 16): Number of layers N_ViT.
+        num_attention_heads (`int`, *optional*, defaults to 16): Attention heads; ours, as ViT-L.
+        mlp_ratio (`float`, *optional*, defaults to 4.0): Width of the MLP in units of `hidden_size`; ours, as ViT.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-06): Epsilon of the layer norms.
+        initializer_range (`float`, *optional*, defaults to 0.02): Std of the weights, positions and mask token.
+    """
+
+    model_type = "mmar_vit"
+    base_config_key = "vit_config"
+
+    hidden_size: int = 1024
+    num_hidden_layers: int = 16
+    num_attention_heads: int = 16
+    mlp_ratio: float = 4.0
+    layer_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+
+    def validate_architecture(self):
+        super().validate_architecture()
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`hidden_size` ({self.hidden_size}) of `vit_config` must be a multiple of its "
+                f"`num_attention_heads` ({self.num_attention_heads}); change one of them."
+            )
+
+
+@strict
+class MMARDiffusionConfig(PreTrainedConfig):
+    r"""
+    Diffusion MLP and its noise schedule (Sec. 3.3.2; suppl. Table 5).
+
+    Args:
+        hidden_size (`int`, *optional*, defaults to 1024): Width d_mlp.
+        num_hidden_layers (`int`, *optional*, defaults to 8): Number of residual blocks N_diff.
+        mlp_ratio (`float`, *optional*, defaults to 4.0): Expansion r_mlp of the two-layer MLP.
+        frequency_embedding_size (`int`, *optional*, defaults to 256): Sinusoidal channels of the timestep; MAR.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-06): Epsilon of the layer norms.
+        prediction_type (`str`, *optional*, defaults to `"v_prediction"`): `"v_prediction"` (Eq. 7) or `"epsilon"`.
+        num_train_timesteps (`int`, *optional*, defaults to 1000): T; MAR.
+        beta_schedule (`str`, *optional*, defaults to `"squaredcos_cap_v2"`): The cosine schedule; MAR.
+        diffusion_batch_mul (`int`, *optional*, defaults to 4): Timesteps drawn per `z` in training; MAR.
+    """
+
+    model_type = "mmar_diffusion"
+    base_config_key = "diffusion_config"
+
+    hidden_size: int = 1024
+    num_hidden_layers: int = 8
+    mlp_ratio: float = 4.0
+    frequency_embedding_size: int = 256
+    layer_norm_eps: float = 1e-6
+    prediction_type: str = "v_prediction"
+    num_train_timesteps: int = 1000
+    beta_schedule: str = "squaredcos_cap_v2"
+    diffusion_batch_mul: int = 4
+
+    def validate_architecture(self):
+        super().validate_architecture()
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise ValueError(
+                f"`prediction_type` must be one of {', '.join(PREDICTION_TYPES)}; got {self.prediction_type!r}."
+            )
+        if self.beta_schedule != "squaredcos_cap_v2":
+            raise ValueError(f"`beta_schedule` must be 'squaredcos_cap_v2'; got {self.beta_schedule!r}.")
+        for name in ("num_train_timesteps", "diffusion_batch_mul"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1; got {getattr(self, name)}.")
+
+
+@strict
+class MMARConfig(PreTrainedConfig):
+    r"""
+    Configuration of an MMAR model.
+
+    Args:
+        text_config (`dict` or `Qwen2Config`, *optional*): The language model; defaults to Qwen2-0.5B-Instruct.
+        vit_config (`dict` or `MMARViTConfig`, *optional*): EmbeddingViT.
+        diffusion_config (`dict` or `MMARDiffusionConfig`, *optional*): Diffusion MLP.
+        vae_config (`dict`, *optional*): Arguments of diffusers' `AutoencoderKL`; defaults to KL-16. The latent scale
+            lives here and nowhere else: `scaling_factor` and `shift_factor`, or per channel `latents_mean` and
+            `latents_std`.
+        image_size (`int`, *optional*, defaults to 256): Height and width of the pictures in pixels.
+        plora_rank (`int`, *optional*, defaults to 512): Rank r of PLoRA (suppl. Table 5).
+        plora_alpha (`float`, *optional*, defaults to 128.0): PLoRA's output is scaled by alpha / r (suppl. Table 5).
+        image_token_id (`int`, *optional*, defaults to 151646): Placeholder of one image token; the first row of
+            Qwen2's embedding that its tokenizer leaves unused. Its embedding is never read.
+        image_generation (`dict`, *optional*): Defaults of image generation, `num_ar_steps`, `num_inference_steps` and
+            `guidance_scale`; the paper's protocol when not given (Sec. 4.6).
+        tie_word_embeddings (`bool`, *optional*): Copied from `text_config`; no need to set it.
+
+    Example:
+
+    ```python
+    >>> from mmar import MMARConfig
+
+    >>> config = MMARConfig()
+    >>> config.num_latents, config.latent_channels
+    (256, 16)
+    ```
+    """
+
+    model_type = "mmar"
+    sub_configs_defaults = {
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2", init_kwargs=QWEN2_0_5B_CONFIG),
+        "vit_config": MMARViTConfig,
+        "diffusion_config": MMARDiffusionConfig,
+    }
+
+    text_config: dict | PreTrainedConfig | None = None
+    vit_config: dict | PreTrainedConfig | None = None
+    diffusion_config: dict | PreTrainedConfig | None = None
+    vae_config: dict[str, Any] | None = None
+    image_size: int = 256
+    plora_rank: int = 512
+    plora_alpha: float = 128.0
+    image_token_id: int = 151646
+    image_generation: dict[str, Any] | None = None
+    tie_word_embeddings: bool | None = None
+
+    def __post_init__(self, **kwargs):
+        self.vae_config = dict(KL16_CONFIG if self.vae_config is None else self.vae_config)
+        self.image_generation = PAPER_IMAGE_GENERATION | (self.image_generation or {})
+        super().__post_init__(**kwargs)
+        # The backbone decides: transformers ties weights by the outer config.
+        self.tie_word_embeddings = self.text_config.tie_word_embeddings
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent along each axis."""
+        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+
+    @property
+    def latent_size(self) -> int:
+        """Height and width h = w of the latents."""
+        return self.image_size // self.vae_scale_factor
+
+    @property
+    def num_latents(self) -> int:
+        """N: image tokens per picture."""
+        return self.latent_size**2
+
+    @property
+    def latent_channels(self) -> int:
+        """C: channels of one image token."""
+        return self.vae_config["latent_channels"]
+
+    def validate_architecture(self):
+        super().validate_architecture()
+        if self.text_config.model_type != "qwen2":
+            raise ValueError(
+                f"`text_config` must be a 'qwen2' config; got {self.text_config.model_type!r}. "
+                "MMAR's PLoRA layers are built on Qwen2."
+            )
+        if self.text_config.use_sliding_window:
+            raise ValueError(
+                "`text_config.use_sliding_window` must be False: an image is one bidirectional block and does not fit "
+                "a sliding window; got True."
+            )
+        if self.image_size % self.vae_scale_factor:
+            raise ValueError(
+                f"`image_size` ({self.image_size}) must be a multiple of {self.vae_scale_factor}, the downsampling of "
+                "`vae_config`; change one of them."
+            )
+        if unknown := self.image_generation.keys() - PAPER_IMAGE_GENERATION.keys():
+            raise ValueError(
+                f"`image_generation` may hold {', '.join(PAPER_IMAGE_GENERATION)}; got {', '.join(sorted(unknown))}."
+            )
+        if self.plora_rank < 1:
+            raise ValueError(f"`plora_rank` must be at least 1; got {self.plora_rank}.")
+        if not 0 <= self.image_token_id < self.text_config.vocab_size:
+            raise ValueError(
+                f"`image_token_id` ({self.image_token_id}) must lie inside `text_config.vocab_size` "
+                f"({self.text_config.vocab_size}), so that no embedding row has to be added."
+            )

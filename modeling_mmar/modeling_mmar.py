@@ -1,0 +1,580 @@
+"""MMAR: one model for text from images and images from text (arXiv 2410.10798)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask, create_masks_for_generate
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput
+
+from .configuration_mmar import MMARConfig
+from .diffusion_mmar import MMARDiffusionMLP, cosine_alphas_cumprod, diffusion_loss
+from .embedding_vit_mmar import MMAREmbeddingViT, MMARLatentEncoder
+from .generation_mmar import MMARImageGenerationMixin
+from .masking_mmar import image_block_ids, shared_position_ids
+from .plora_mmar import MMARQwen2Model, PLoRALinear
+
+
+IGNORE_INDEX = -100
+
+
+@dataclass
+class MMARCausalLMOutputWithPast(ModelOutput):
+    r"""
+    Output of MMAR.
+
+    Args:
+        loss (`torch.FloatTensor`, *optional*): Sum of the losses below (Eq. 4 with weights 1 : 1), where any applies.
+        text_loss (`torch.FloatTensor`, *optional*): Cross entropy per labelled token, in nats.
+        image_loss (`torch.FloatTensor`, *optional*): Diffusion loss of the hidden latents (Eq. 8).
+        logits (`torch.FloatTensor` of shape `(B, L, vocab_size)`, *optional*): None in training with labels, where only
+            labelled positions pass the `lm_head`.
+        past_key_values (`Cache`, *optional*): Keys and values of the sequence so far.
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*): Of each layer, each `(B, L, D)`.
+        attentions (`tuple(torch.FloatTensor)`, *optional*): Of each layer, each `(B, heads, L, L)`.
+        image_hidden_states (`torch.FloatTensor` of shape `(I, N, D)`, *optional*): The LLM's output z at image tokens.
+    """
+
+    loss: Tensor | None = None
+    text_loss: Tensor | None = None
+    image_loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    image_hidden_states: Tensor | None = None
+
+
+class MMARAutoencoderKL(AutoencoderKL):
+    """diffusers' `AutoencoderKL` that stays in its own dtype, float32, when the model around it is cast."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            applied = fn(tensor)
+            return applied if applied.dtype == tensor.dtype else tensor.to(applied.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+
+class MMARPreTrainedModel(PreTrainedModel):
+    """Weight initialization and loading shared by MMAR's models."""
+
+    config_class = MMARConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MMARQwen2DecoderLayer", "MMARViTLayer", "MMARDiffusionBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    # FlashAttention-2 ignores the block mask that makes an image bidirectional.
+    _supports_flash_attn = False
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _keep_in_fp32_modules_strict = ["vae"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.vit_config.initializer_range
+        if isinstance(module, PLoRALinear):
+            init.normal_(module.weight, std=self.config.text_config.initializer_range)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+            init.kaiming_uniform_(module.image_A, a=5**0.5)
+            init.zeros_(module.image_B)
+        elif isinstance(module, MMAREmbeddingViT):
+            init.normal_(module.position_embedding, std=std)
+        elif isinstance(module, MMARLatentEncoder):
+            init.normal_(module.mask_token, std=std)
+            init.normal_(module.position_embedding, std=std)
+        elif isinstance(module, MMARDiffusionMLP):
+            # Runs after its children, and so has the last word (MAR's initialization).
+            for linear in module.modules():
+                if isinstance(linear, nn.Linear):
+                    init.xavier_uniform_(linear.weight)
+                    init.zeros_(linear.bias)
+            for linear in (module.timestep_embedding.linear_1, module.timestep_embedding.linear_2):
+                init.normal_(linear.weight, std=std)
+            for linear in (
+                *(block.modulation for block in module.blocks),
+                module.final_modulation,
+                module.output_projection,
+            ):
+                init.zeros_(linear.weight)
+        elif isinstance(module, nn.LayerNorm) and not module.elementwise_affine:
+            return
+        else:
+            super()._init_weights(module)
+
+
+class MMARModel(MMARPreTrainedModel):
+    """The latent encoder and the language model with PLoRA: everything up to the heads."""
+
+    def __init__(self, config: MMARConfig):
+        super().__init__(config)
+        self.language_model = MMARQwen2Model(config.text_config, config.plora_rank, config.plora_alpha)
+        self.latent_encoder = MMARLatentEncoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.language_model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.language_model.embed_tokens = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        latent_tokens: Tensor | None = None,
+        latent_mask: Tensor | None = None,
+        image_token_mask: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): Tokens; `image_token_id` marks image tokens.
+            attention_mask (`torch.Tensor` of shape `(B, past + L)`, *optional*): 0 at padding.
+            position_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): RoPE positions; made here by default.
+            past_key_values (`Cache`, *optional*): Keys and values of earlier tokens.
+            inputs_embeds (`torch.FloatTensor` of shape `(B, L, D)`, *optional*): In place of the tokens' embeddings;
+                needs `image_token_mask` where there are images.
+            latent_tokens (`torch.FloatTensor` of shape `(I, N, C)`, *optional*): The pictures, in reading order.
+            latent_mask (`torch.BoolTensor` of shape `(I, N)`, *optional*): True where a latent is hidden.
+            image_token_mask (`torch.BoolTensor` of shape `(B, L)`, *optional*): True at image tokens.
+            use_cache (`bool`, *optional*): Return the cache.
+
+        Returns:
+            `BaseModelOutputWithPast`
+
+        Raises:
+            ValueError: If image tokens and pictures do not match in number.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected exactly one of `input_ids` and `inputs_embeds`; pass one of them.")
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        # A decoding step has no image tokens; not looking for them avoids a host sync.
+        is_decoding = latent_tokens is None and past_key_values is not None and image_token_mask is None
+        if image_token_mask is None and input_ids is not None and not (is_decoding and input_ids.shape[1] == 1):
+            image_token_mask = input_ids == self.config.image_token_id
+        if image_token_mask is not None and not bool(image_token_mask.any()):
+            image_token_mask = None
+        self._check_images(image_token_mask, latent_tokens)
+
+        # 1. Embed the text; the placeholder's own embedding is never read.
+        if inputs_embeds is None:
+            text_ids = input_ids if image_token_mask is None else input_ids.masked_fill(image_token_mask, 0)
+            inputs_embeds = self.language_model.embed_tokens(text_ids)
+
+        # 2. Embed the pictures and put them in their places (Fig. 2).
+        if image_token_mask is not None:
+            image_embeds = self.latent_encoder(latent_tokens, latent_mask).to(inputs_embeds.dtype)
+            inputs_embeds = inputs_embeds.masked_scatter(image_token_mask[..., None], image_embeds)
+
+        # 3. Positions and attention: causal text, bidirectional pictures.
+        if position_ids is None:
+            position_ids = self._position_ids(inputs_embeds, image_token_mask, attention_mask, past_key_values)
+        if not isinstance(attention_mask, dict):
+            block_ids = None
+            if image_token_mask is not None:
+                block_ids = image_block_ids(image_token_mask, self.config.num_latents)
+                # Full length: earlier pictures are whole and lie in the past of every query.
+                block_ids = F.pad(block_ids, (int(past_length), 0), value=-1)
+            attention_mask = {
+                "full_attention": create_causal_mask(
+                    config=self.config.text_config,
+                    inputs_embeds=inputs_embeds,
+                    attention_mask=attention_mask,
+                    past_key_values=past_key_values,
+                    position_ids=None,  # repeated ids would be read as packed sequences
+                    block_sequence_ids=block_ids,
+                )
+            }
+
+        # 4. The language model. In training PLoRA always runs, so that ranks with and without images agree.
+        if image_token_mask is None and self.training:
+            image_token_mask = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            image_token_mask=image_token_mask,
+            **kwargs,
+        )
+
+    def _check_images(self, image_token_mask: Tensor | None, latent_tokens: Tensor | None) -> None:
+        num_tokens = 0 if image_token_mask is None else int(image_token_mask.sum())
+        num_images = 0 if latent_tokens is None else len(latent_tokens)
+        if num_tokens != num_images * self.config.num_latents:
+            raise ValueError(
+                f"expected {self.config.num_latents} image tokens (id {self.config.image_token_id}) for each of the "
+                f"{num_images} pictures given; got {num_tokens} image tokens. Give one picture per image mark of the "
+                "text; `MMARProcessor` expands the marks."
+            )
+
+    def _position_ids(
+        self,
+        inputs_embeds: Tensor,
+        image_token_mask: Tensor | None,
+        attention_mask: Tensor | dict | None,
+        past_key_values: Cache | None,
+    ) -> Tensor:
+        batch, length = inputs_embeds.shape[:2]
+        # Positions taken so far; fewer than the tokens, once a picture was read. It travels with the cache.
+        start = getattr(past_key_values, "mmar_next_position", None)
+        if start is None:
+            start = 0 if past_key_values is None else past_key_values.get_seq_length()
+        padding_mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
+        if padding_mask is not None:
+            padding_mask = padding_mask[:, -length:]
+        if image_token_mask is None:
+            image_token_mask = torch.zeros((batch, length), dtype=torch.bool, device=inputs_embeds.device)
+        position_ids = shared_position_ids(image_token_mask, self.config.num_latents, padding_mask) + start
+        if past_key_values is not None:
+            past_key_values.mmar_next_position = position_ids[:, -1:] + 1
+        return position_ids
+
+
+class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin, GenerationMixin):
+    r"""
+    MMAR with its heads: text through the `lm_head`, pictures through the Diffusion MLP and the frozen VAE.
+
+    Args:
+        config (`MMARConfig`): The configuration.
+
+    Example:
+
+    ```python
+    >>> from mmar import MMARForConditionalGeneration
+
+    >>> model = MMARForConditionalGeneration.from_pretrained("checkpoints/mmar-tiny")
+    >>> model.config.num_latents
+    64
+    ```
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    output_modalities = ("text", "image")
+    # Losses are means, so the Trainer scales them for gradient accumulation.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: MMARConfig):
+        super().__init__(config)
+        self.model = MMARModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.diffusion_mlp = MMARDiffusionMLP(
+            config.diffusion_config, config.latent_channels, config.text_config.hidden_size
+        )
+        # Last, since the first parameter's dtype is the model's. Its own config holds the latent scale.
+        self.vae = MMARAutoencoderKL(**config.vae_config)
+        self.post_init()
+        self.freeze()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        # Loading makes new parameters, which are trainable.
+        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()
+        return loaded
+
+    def freeze(self, train_backbone: bool = False) -> None:
+        r"""
+        Freezes the VAE and Qwen2, and makes the rest trainable (Sec. 3.3.2).
+
+        Args:
+            train_backbone (`bool`, *optional*, defaults to `False`): Also train Qwen2's own weights; for a model whose
+                backbone was not pretrained.
+        """
+        self.requires_grad_(True)
+        self.vae.requires_grad_(False)
+        if not train_backbone:
+            for name, parameter in self.named_parameters():
+                is_backbone = name.startswith(("model.language_model.", "lm_head."))
+                if is_backbone and not name.endswith((".image_A", ".image_B")):
+                    parameter.requires_grad_(False)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.vae.train(False)
+        return self
+
+    # ----------------------------------------------------------------------------------------------------- latents
+
+    def encode_images(
+        self, pixel_values: Tensor, sample_posterior: bool = False, generator: torch.Generator | None = None
+    ) -> Tensor:
+        r"""
+        Pictures to latents of unit variance.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(I, 3, H, W)`): Pictures in [-1, 1].
+            sample_posterior (`bool`, *optional*, defaults to `False`): Sample (training) or take the mode (inference).
+            generator (`torch.Generator`, *optional*): Source of the sample.
+
+        Returns:
+            `torch.FloatTensor` of shape `(I, C, h, w)`, float32.
+
+        Raises:
+            ValueError: If the pictures have another size than the config's.
+        """
+        size = self.config.image_size
+        if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):
+            raise ValueError(
+                f"`pixel_values` must have the shape (num_images, 3, {size}, {size}); got {tuple(pixel_values.shape)}. "
+                "`MMARImageProcessor` resizes pictures."
+            )
+        with torch.no_grad(), torch.autocast(pixel_values.device.type, enabled=False):
+            posterior = self.vae.encode(pixel_values.to(self.vae.dtype)).latent_dist
+            latents = posterior.sample(generator) if sample_posterior else posterior.mode()
+        shift, scale = self._latent_shift_and_scale(latents)
+        return (latents.float() - shift) * scale
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        r"""
+        Latents of unit variance to pictures.
+
+        Args:
+            latents (`torch.FloatTensor` of shape `(I, C, h, w)`): As `encode_images` makes them.
+
+        Returns:
+            `torch.FloatTensor` of shape `(I, 3, H, W)`, float32, about [-1, 1].
+        """
+        shift, scale = self._latent_shift_and_scale(latents)
+        with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
+            return self.vae.decode((latents.float() / scale + shift).to(self.vae.dtype)).sample.float()
+
+    def _latent_shift_and_scale(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.vae.config
+        if config.latents_std is not None:
+            shift, std = (latents.new_tensor(v, dtype=torch.float32) for v in (config.latents_mean, config.latents_std))
+            return shift[:, None, None], 1 / std[:, None, None]
+        shift = config.shift_factor or 0.0
+        return tuple(torch.tensor(v, device=latents.device) for v in (shift, float(config.scaling_factor)))
+
+    # ----------------------------------------------------------------------------------------------------- forward
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        latents: Tensor | None = None,
+        latent_mask: Tensor | None = None,
+        image_token_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        mm_token_type_ids: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> MMARCausalLMOutputWithPast | tuple:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): Tokens, `num_latents` marks per picture.
+            attention_mask (`torch.Tensor` of shape `(B, past + L)`, *optional*): 0 at padding.
+            position_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): RoPE positions, one shared by each picture.
+            past_key_values (`Cache`, *optional*): Keys and values of earlier tokens.
+            inputs_embeds (`torch.FloatTensor` of shape `(B, L, D)`, *optional*): In place of `input_ids`.
+            pixel_values (`torch.FloatTensor` of shape `(I, 3, H, W)`, *optional*): All pictures of the batch in reading
+                order, in [-1, 1].
+            latents (`torch.FloatTensor` of shape `(I, C, h, w)`, *optional*): Scaled latents in place of pictures.
+            latent_mask (`torch.BoolTensor` of shape `(I, N)`, *optional*): True where a latent is hidden and its
+                diffusion loss is taken. Without it every picture is fully known.
+            image_token_mask (`torch.BoolTensor` of shape `(B, L)`, *optional*): With `inputs_embeds`, True at image
+                tokens.
+            labels (`torch.LongTensor` of shape `(B, L)`, *optional*): Tokens to predict, -100 elsewhere.
+            use_cache (`bool`, *optional*): Return the cache.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): Logits of the last so many positions
+                only; 0 keeps all.
+            mm_token_type_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): 1 at image tokens; for pipelines, the
+                token ids already tell.
+            generator (`torch.Generator`, *optional*): Source of posterior samples, timesteps and noise.
+            return_dict (`bool`, *optional*): False returns a tuple.
+
+        Returns:
+            `MMARCausalLMOutputWithPast`
+
+        Raises:
+            ValueError: If both pictures and latents are given, or image tokens and pictures do not match in number.
+        """
+        if pixel_values is not None and latents is not None:
+            raise ValueError("expected at most one of `pixel_values` and `latents`; pass one of them.")
+
+        # 1. Encode latents: the posterior is sampled in training, its mode is read at inference.
+        if pixel_values is not None:
+            latents = self.encode_images(pixel_values, sample_posterior=self.training, generator=generator)
+        # (I, C, h, w) -> (I, N, C)
+        latent_tokens = None if latents is None else latents.flatten(2).transpose(1, 2)
+
+        # 2.-5. Mask, embed, build the sequence, run the LLM.
+        if image_token_mask is None and input_ids is not None and latent_tokens is not None:
+            image_token_mask = input_ids == self.config.image_token_id
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            latent_tokens=latent_tokens,
+            latent_mask=latent_mask,
+            image_token_mask=image_token_mask,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+
+        # 6. Text head: in training only labelled positions pass the lm_head.
+        logits, text_loss = None, None
+        if labels is not None:
+            predicts = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) != IGNORE_INDEX
+            targets = labels[:, 1:][predicts[:, :-1]].to(hidden_states.device)
+            if len(targets):
+                text_loss = F.cross_entropy(self.lm_head(hidden_states[predicts]).float(), targets)
+        if labels is None or not self.training:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
+            kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else kept
+            logits = self.lm_head(hidden_states[:, kept])
+
+        # 7. Image head: z at a hidden latent predicts that latent (Eq. 8).
+        z, image_loss = None, None
+        if latent_tokens is not None:
+            # (B, L, D) -> (I, N, D)
+            z = hidden_states[image_token_mask].view(*latent_tokens.shape[:2], -1)
+            if latent_mask is not None and bool(latent_mask.any()):
+                diffusion = self.config.diffusion_config
+                image_loss = diffusion_loss(
+                    self.diffusion_mlp,
+                    latent_tokens[latent_mask],
+                    z[latent_mask],
+                    cosine_alphas_cumprod(diffusion.num_train_timesteps).to(z.device),
+                    diffusion.prediction_type,
+                    diffusion.diffusion_batch_mul,
+                    generator,
+                )
+
+        losses = [part for part in (text_loss, image_loss) if part is not None]
+        result = MMARCausalLMOutputWithPast(
+            loss=sum(losses) if losses else None,
+            text_loss=text_loss,
+            image_loss=image_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=z,
+        )
+        return result.to_tuple() if return_dict is False else result
+
+    # ------------------------------------------------------------------------------------------------ text generation
+
+    def generate(self, *args, generation_mode: str | None = None, **kwargs) -> Any:
+        r"""
+        Generates text (`generation_mode` "text" or None, see `GenerationMixin.generate`) or pictures ("image", see
+        `generate_images`).
+
+        Raises:
+            ValueError: For another `generation_mode`.
+        """
+        if generation_mode == "image":
+            return self.generate_images(*args, **kwargs)
+        if generation_mode not in (None, "text"):
+            raise ValueError(f"`generation_mode` must be 'text' or 'image'; got {generation_mode!r}.")
+        return super().generate(*args, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, latents: Tensor | None = None, is_first_iteration: bool | None = False, **kwargs
+    ) -> dict[str, Any]:
+        # Without a cache every step reads the pictures again.
+        if latents is not None and (is_first_iteration or not kwargs.get("use_cache", True)):
+            kwargs["latents"] = latents
+        if kwargs.get("mm_token_type_ids") is None:
+            kwargs["mm_token_type_ids"] = (input_ids == self.config.image_token_id).long()
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        inputs.pop("mm_token_type_ids", None)
+        return inputs
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: MMARConfig,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        **kwargs,
+    ) -> dict[str, Tensor | None] | Tensor | None:
+        """Masks for static caches: the common ones, with each picture one bidirectional block."""
+        block_ids = None
+        if mm_token_type_ids is not None and bool(mm_token_type_ids.any()):
+            past_length = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+            block_ids = image_block_ids(mm_token_type_ids.bool(), config.num_latents)
+            block_ids = F.pad(block_ids, (past_length, 0), value=-1)
+        return create_masks_for_generate(
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=None,
+            block_sequence_ids=block_ids,
+        )
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
+        input_ids = model_kwargs.get("input_ids", inputs_tensor)
+        if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        attention_mask = model_kwargs.get("attention_mask")
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            # Only the new tokens were given beside a cache: count on from it.
+            cache = model_kwargs["past_key_values"]
+            start = getattr(cache, "mmar_next_position", cache.get_seq_length())
+            new_mask = attention_mask[:, -input_ids.shape[1] :]
+            is_image = input_ids == self.config.image_token_id
+            return shared_position_ids(is_image, self.config.num_latents, new_mask) + start
+        is_image = input_ids == self.config.image_token_id
+        return shared_position_ids(is_image, self.config.num_latents, attention_mask)
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **model_kwargs
+    ) -> tuple[Tensor, dict[str, Any]]:
+        if expand_size == 1:
+            return input_ids, model_kwargs
+        pictures = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "latents", "latent_mask")}
+        ids = input_ids
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        # A row's pictures are repeated as a group: a row may hold none or several.
+        counts = (ids == self.config.image_token_id).sum(-1).div(self.config.num_latents, rounding_mode="floor")
+        for name, value in pictures.items():
+            if value is not None:
+                groups = [group.repeat(expand_size, *[1] * (value.ndim - 1)) for group in value.split(counts.tolist())]
+                model_kwargs[name] = torch.cat(groups)
+        return input_ids, model_kwargs
+
+
+__all__ = [
+    "MMARAutoencoderKL",
+    "MMARCausalLMOutputWithPast",
+    "MMARForConditionalGeneration",
+    "MMARModel",
+    "MMARPreTrainedModel",
+]

@@ -1,0 +1,159 @@
+"""
+Trains a small `AutoencoderKL` from scratch on a parquet of pictures and stores its measured latent scale.
+
+    python -m mmar.training.train_vae --data checkpoints/emoji-lite/train.parquet --out runs/vae --minutes 12
+
+Made for toy sizes: a real MMAR takes a published KL-16 (see `conversion/`). Everything runs in bfloat16 autocast with
+float32 weights; the result is a diffusers folder with an EMA of the weights and `scaling_factor` = 1 / std.
+"""
+
+import argparse
+import io
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+
+VAE_CONFIG = {
+    "block_out_channels": [16, 32, 64, 96],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 1,
+    "latent_channels": 8,
+    "norm_num_groups": 8,
+    "sample_size": 64,
+}
+EMA_DECAY = 0.999
+# Part of the training over which the KL weight grows.
+KL_WARMUP = 0.3
+
+
+def read_pictures(path: str | Path, size: int) -> Tensor:
+    """Reads the `image` column of a parquet: `torch.ByteTensor` of shape `(N, 3, size, size)`."""
+    pictures = []
+    for image in pq.read_table(path, columns=["image"]).column("image").to_pylist():
+        picture = Image.open(io.BytesIO(image["bytes"])).convert("RGB")
+        pictures.append(np.asarray(picture.resize((size, size), Image.Resampling.LANCZOS)))
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+
+
+def augment(pixel_values: Tensor, generator: torch.Generator) -> Tensor:
+    """Flips, shifts by up to 4 pixels (white border) and permutes colours of half the pictures, to widen the domain."""
+    batch, _, size, _ = pixel_values.shape
+    padded = F.pad(pixel_values, (4, 4, 4, 4), value=1.0)
+    out = torch.empty_like(pixel_values)
+    for i in range(batch):
+        top, left, flip, colour = torch.randint(0, 840, (4,), generator=generator).tolist()
+        picture = padded[i, :, top % 9 : top % 9 + size, left % 9 : left % 9 + size]
+        if flip % 2:
+            picture = picture.flip(-1)
+        if colour % 2:
+            picture = picture[torch.randperm(3, generator=generator)]
+        out[i] = picture
+    return out
+
+
+def gradient_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute difference of horizontal and vertical finite differences: keeps edges sharp."""
+    loss = torch.zeros((), device=prediction.device)
+    for axis in (-1, -2):
+        loss = loss + (prediction.diff(dim=axis) - target.diff(dim=axis)).abs().mean()
+    return loss
+
+
+@torch.no_grad()
+def measure(vae: AutoencoderKL, pictures: Tensor) -> dict[str, float]:
+    """Reconstruction PSNR in dB (posterior mode), mean and std of the sampled latents, mean posterior std."""
+    error, count, total, square, posterior_std = 0.0, 0, 0.0, 0.0, 0.0
+    for chunk in pictures.split(64):
+        pixel_values = chunk.float() / 127.5 - 1
+        posterior = vae.encode(pixel_values).latent_dist
+        error += F.mse_loss(vae.decode(posterior.mode()).sample.clamp(-1, 1), pixel_values).item() * len(chunk)
+        latents = posterior.sample().double()
+        count += latents.numel()
+        total += latents.sum().item()
+        square += latents.square().sum().item()
+        posterior_std += posterior.std.mean().item() * len(chunk)
+    mean = total / count
+    return {
+        "psnr": 10 * np.log10(4 * len(pictures) / error),
+        "latent_mean": mean,
+        "latent_std": (square / count - mean**2) ** 0.5,
+        "posterior_std": posterior_std / len(pictures),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="parquet with an `image` column of training pictures")
+    parser.add_argument("--eval_data", help="parquet of held-out pictures, measured and never trained on")
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--minutes", type=float, default=16.0, help="the training time; learning rate decays over it")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--learning_rate", type=float, default=1.0e-3)
+    parser.add_argument("--kl_weight", type=float, default=0.03, help="per unit of KL, against summed absolute error")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(args.seed)
+    pictures = read_pictures(args.data, VAE_CONFIG["sample_size"])
+    vae = AutoencoderKL(**VAE_CONFIG).to(memory_format=torch.channels_last)
+    print(f"{sum(p.numel() for p in vae.parameters()):,} parameters, {len(pictures)} pictures", flush=True)
+    averaged = torch.optim.swa_utils.AveragedModel(vae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(EMA_DECAY))
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=1.0e-4)
+
+    start, step, last = time.monotonic(), 0, 0.0
+    while (passed := (time.monotonic() - start) / (60 * args.minutes)) < 1:
+        warmup = min(1.0, (step + 1) / 100)
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * warmup * 0.5 * (1 + np.cos(np.pi * passed))
+        index = torch.randint(0, len(pictures), (args.batch_size,), generator=generator)
+        pixel_values = augment(pictures[index].float() / 127.5 - 1, generator).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = vae.encode(pixel_values).latent_dist
+            prediction = vae.decode(posterior.sample()).sample.float()
+        absolute = (prediction - pixel_values).abs().mean()
+        kl = posterior.kl().float().mean()
+        elements = pixel_values[0].numel()
+        # The KL term comes in late: at full weight from the start the posterior collapses.
+        kl_weight = args.kl_weight * min(1.0, passed / KL_WARMUP)
+        loss = absolute + 0.5 * gradient_loss(prediction, pixel_values) + kl_weight * kl / elements
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        averaged.update_parameters(vae)
+        step += 1
+        if step % 200 == 0:
+            print(
+                f"step {step} {passed:.0%} l1 {absolute.item():.4f} kl {kl.item():.0f} "
+                f"pictures/s {step * args.batch_size / (time.monotonic() - start):.0f}",
+                flush=True,
+            )
+        if time.monotonic() - last > 120:
+            last = time.monotonic()
+            averaged.module.save_pretrained(args.out)
+
+    vae = averaged.module.eval()
+    report = {"steps": step, "train": measure(vae, pictures)}
+    if args.eval_data:
+        report["held_out"] = measure(vae, read_pictures(args.eval_data, VAE_CONFIG["sample_size"]))
+    vae.register_to_config(
+        scaling_factor=1 / report["train"]["latent_std"], shift_factor=report["train"]["latent_mean"]
+    )
+    vae.save_pretrained(args.out)
+    (args.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
