@@ -332,17 +332,37 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         Raises:
             ValueError: If the pictures have another size than the config's.
         """
+        with torch.no_grad():
+            mean, std = self.encode_image_distributions(pixel_values)
+            if not sample_posterior:
+                return mean
+            device = mean.device if generator is None else generator.device
+            return mean + std * torch.randn(mean.shape, generator=generator, device=device).to(mean.device)
+
+    @torch.no_grad()
+    def encode_image_distributions(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        r"""
+        Pictures to the mean and std of their scaled latents' posterior; what a latent cache stores.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(I, 3, H, W)`): Pictures in [-1, 1].
+
+        Returns:
+            `tuple` of two `torch.FloatTensor` of shape `(I, C, h, w)`, float32.
+
+        Raises:
+            ValueError: If the pictures have another size than the config's.
+        """
         size = self.config.image_size
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):
             raise ValueError(
                 f"`pixel_values` must have the shape (num_images, 3, {size}, {size}); got {tuple(pixel_values.shape)}. "
                 "`MMARImageProcessor` resizes pictures."
             )
-        with torch.no_grad(), torch.autocast(pixel_values.device.type, enabled=False):
+        with torch.autocast(pixel_values.device.type, enabled=False):
             posterior = self.vae.encode(pixel_values.to(self.vae.dtype)).latent_dist
-            latents = posterior.sample(generator) if sample_posterior else posterior.mode()
-        shift, scale = self._latent_shift_and_scale(latents)
-        return (latents.float() - shift) * scale
+        shift, scale = self._latent_shift_and_scale(posterior.mean)
+        return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         r"""

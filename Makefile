@@ -1,0 +1,61 @@
+# Needs Python >= 3.10, pip and make, nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EMOJI_STYLES ?= ../shared/data/emoji-styles
+JUDGE ?= ../shared/tools/emoji_judge.py
+# One thread per test worker: more only get in each other's way.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: demo test test-slow test-gpu check style data vae train-tiny evaluate-tiny clean
+
+demo: $(VENV)/.done
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.done
+	$(PYTEST) -n 2 --dist loadfile
+
+test-slow: $(VENV)/.done
+	$(PYTEST) -m slow
+
+test-gpu: $(VENV)/.done
+	$(PYTEST) -m gpu
+
+check: $(VENV)/.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: $(VENV)/.done
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The bundled data, from the full set.
+data: $(VENV)/.done
+	$(BIN)/python -m mmar.training.emoji_lite $(EMOJI_STYLES)
+
+# The bundled checkpoint: its VAE (16 minutes), then the model (about an hour on two cores).
+runs/vae/report.json: | $(VENV)/.done
+	$(BIN)/python -m mmar.training.train_vae --data checkpoints/emoji-lite/train.parquet \
+		--eval_data checkpoints/emoji-lite/test.parquet --out runs/vae
+
+vae: runs/vae/report.json
+
+train-tiny: runs/vae/report.json
+	$(BIN)/python -m mmar.training.init_tiny --config configs/mmar-tiny --data checkpoints/emoji-lite/train.parquet \
+		--vae runs/vae --out runs/init
+	$(BIN)/python -m mmar.training.train training/recipes/mmar_tiny.yaml model=runs/init \
+		data=checkpoints/emoji-lite/train.parquet output_dir=runs/mmar-tiny
+	$(BIN)/python -m mmar.conversion.export runs/mmar-tiny/final checkpoints/mmar-tiny
+
+evaluate-tiny: $(VENV)/.done
+	$(BIN)/python -m mmar.evaluation.emoji_styles checkpoints/mmar-tiny --data checkpoints/emoji-lite/test.parquet \
+		--out runs/evaluation --judge $(JUDGE)
+
+$(VENV)/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo_output build dist *.egg-info

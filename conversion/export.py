@@ -1,0 +1,39 @@
+"""
+Writes an MMAR folder again as one Hub folder that opens through every door, in another dtype if asked.
+
+    python -m mmar.conversion.export runs/mmar-tiny/final checkpoints/mmar-tiny --dtype bfloat16
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
+from ..pipelines.pipeline_mmar import MMARPipeline
+from ..processors.processing_mmar import MMARProcessor
+
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="folder of a trained model and its processor, for example a checkpoint")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of all but the VAE, which stays float32")
+    for name, kind in (("guidance_scale", float), ("num_ar_steps", int), ("num_inference_steps", int)):
+        parser.add_argument(f"--{name}", type=kind, help="new default of image generation")
+    args = parser.parse_args()
+
+    model = MMARForConditionalGeneration.from_pretrained(args.source, dtype=DTYPES[args.dtype])
+    for name in ("guidance_scale", "num_ar_steps", "num_inference_steps"):
+        if getattr(args, name) is not None:
+            model.config.image_generation[name] = getattr(args, name)
+    processor = MMARProcessor.from_pretrained(args.source)
+    pipe = MMARPipeline(model=model, processor=processor, scheduler=model.default_scheduler())
+    pipe.save_pretrained(args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""
+Measures an MMAR on held-out emoji-styles cells: exact captions, and pictures for a judge to score.
+
+    python -m mmar.evaluation.emoji_styles checkpoints/mmar-tiny --data checkpoints/emoji-lite/test.parquet \
+        --out runs/eval [--judge JUDGE.py]
+
+Rows whose drawing stands in another style in the training rows (`sibling_in_train`) are easier; they are reported
+apart. Pictures are written as PNG files with a `captions.jsonl`, the layout the judge reads.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ..pipelines.pipeline_mmar import MMARPipeline
+from ..training.data import open_picture, read_rows
+
+
+QUESTIONS = {"caption": "Describe the image.", "name": "What is it?", "style": "Which style?"}
+BATCH_SIZE = 32
+
+
+@torch.no_grad()
+def ask(pipe: MMARPipeline, pictures: list[Any], question: str) -> list[str]:
+    r"""
+    Asks one question about each picture, greedily decoded.
+
+    Args:
+        pipe (`MMARPipeline`): Model and processor.
+        pictures (`list[PIL.Image.Image]`): Pictures.
+        question (`str`): The question.
+
+    Returns:
+        `list[str]`: One answer per picture.
+    """
+    answers = []
+    for start in range(0, len(pictures), BATCH_SIZE):
+        chats = [
+            [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}]
+            for picture in pictures[start : start + BATCH_SIZE]
+        ]
+        inputs = pipe.processor.apply_chat_template(
+            chats, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
+        ).to(pipe.device)
+        generated = pipe.model.generate(**inputs, do_sample=False, max_new_tokens=32)
+        answers += pipe.processor.batch_decode(
+            generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+    return [answer.strip() for answer in answers]
+
+
+def by_sibling(rows: list[dict[str, Any]], hits: list[bool]) -> dict[str, float]:
+    """Share of hits over all rows, those with and those without a sibling in training."""
+    groups = {"all": hits}
+    for name, value in (("sibling", True), ("no_sibling", False)):
+        groups[name] = [hit for row, hit in zip(rows, hits, strict=True) if row["sibling_in_train"] == value]
+    return {name: round(sum(group) / len(group), 4) for name, group in groups.items() if group}
+
+
+def score_captions(pipe: MMARPipeline, rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Exact match of the answers to the three questions."""
+    pictures = [open_picture(row["image"]) for row in rows]
+    scores = {}
+    for name, question in QUESTIONS.items():
+        expected = [row["answers"][row["questions"].index(question)] for row in rows]
+        answers = ask(pipe, pictures, question)
+        scores[name] = by_sibling(rows, [a == e for a, e in zip(answers, expected, strict=True)])
+    return scores
+
+
+def draw(pipe: MMARPipeline, rows: list[dict[str, Any]], out: Path, seed: int, **kwargs) -> float:
+    """Draws each row's caption into `out`; returns the seconds per picture."""
+    out.mkdir(parents=True, exist_ok=True)
+    pipe.set_progress_bar_config(disable=True)
+    started, lines = time.perf_counter(), []
+    for start in tqdm(range(0, len(rows), BATCH_SIZE), desc="drawing"):
+        batch = rows[start : start + BATCH_SIZE]
+        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
+        prompts = [f"an emoji of {row['label']} in {row['style']} style" for row in batch]
+        for i, image in enumerate(pipe(prompts, generator=generators, **kwargs).images):
+            file = f"{start + i:05d}.png"
+            image.save(out / file)
+            lines.append({"file": file, "label": batch[i]["label"], "style": batch[i]["style"]})
+    (out / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return (time.perf_counter() - started) / len(rows)
+
+
+def judge(script: Path, pictures: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Runs the judge on all pictures, and on those with and without a sibling in training."""
+    lines = (pictures / "captions.jsonl").read_text().splitlines()
+    scores = {}
+    for name, wanted in (("all", None), ("sibling", True), ("no_sibling", False)):
+        kept = [i for i, row in enumerate(rows) if wanted is None or row["sibling_in_train"] == wanted]
+        if len(kept) < 2:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            for i in kept:
+                file = json.loads(lines[i])["file"]
+                (Path(folder) / file).write_bytes((pictures / file).read_bytes())
+            (Path(folder) / "captions.jsonl").write_text("".join(lines[i] + "\n" for i in kept))
+            done = subprocess.run([sys.executable, str(script), folder], capture_output=True, text=True, check=True)
+        scores[name] = json.loads(done.stdout)
+    return scores
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder or Hub id of an MMAR")
+    parser.add_argument("--data", required=True, type=Path, help="parquet of held-out rows")
+    parser.add_argument("--out", required=True, type=Path, help="folder for pictures and result.json")
+    parser.add_argument("--judge", type=Path, help="script that scores a folder of pictures")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--guidance_scale", type=float)
+    parser.add_argument("--num_ar_steps", type=int)
+    parser.add_argument("--num_inference_steps", type=int)
+    args = parser.parse_args()
+
+    rows = read_rows(args.data)
+    pipe = MMARPipeline.from_pretrained(args.model)
+    options = {name: getattr(args, name) for name in ("guidance_scale", "num_ar_steps", "num_inference_steps")}
+    result: dict[str, Any] = {"rows": len(rows), "options": options, "captions": score_captions(pipe, rows)}
+    pictures = args.out / "pictures"
+    result["seconds_per_picture"] = round(draw(pipe, rows, pictures, args.seed, **options), 3)
+    if args.judge is not None:
+        result["judge"] = judge(args.judge, pictures, rows)
+    (args.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""
+Training data: rows with a picture, captions and question-answer pairs -> batches of the three tasks (Sec. 3.3.3).
+
+A row is a dict with `image` (bytes, PIL picture or path), `captions` (list of str), `questions` and `answers` (lists of
+str, pair by pair). Each time a row is drawn it becomes one of
+
+    t2i     caption, then the picture with a random part hidden: P(I|T)
+    i2t     the whole picture and a question, then the answer: P(T|I)
+    uncond  the null prompt, then the picture with a random part hidden: P(I)
+"""
+
+import io
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from ..modeling_mmar.masking_mmar import sample_latent_mask
+from ..modeling_mmar.modeling_mmar import IGNORE_INDEX, MMARForConditionalGeneration
+from ..processors.processing_mmar import MMARProcessor
+
+
+TASKS = ("t2i", "i2t", "uncond")
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    r"""
+    Reads a parquet file of training rows.
+
+    Args:
+        path (`str` or `Path`): File with the columns image {bytes, path}, captions, questions, answers.
+
+    Returns:
+        `list[dict]`: The rows; `image` holds the file's bytes.
+
+    Raises:
+        ValueError: If a column is missing or the file has no rows.
+    """
+    table = pq.read_table(path)
+    missing = {"image", "captions", "questions", "answers"} - set(table.column_names)
+    if missing:
+        raise ValueError(
+            f"{Path(path).name} must have the columns image, captions, questions and answers; missing: "
+            f"{', '.join(sorted(missing))}. `python -m mmar.training.emoji_lite` shows how to make them."
+        )
+    rows = table.to_pylist()
+    if not rows:
+        raise ValueError(f"{Path(path).name} must have at least one row; got none.")
+    return [{**row, "image": row["image"]["bytes"]} for row in rows]
+
+
+def distort(picture: Image.Image) -> Image.Image:
+    """A slightly moved, turned, scaled and brightened picture on white, from torch's global generator."""
+    size = picture.width
+    angle, scale, right, down, light = (torch.rand(5) * 2 - 1).tolist()
+    angle, scale = math.radians(10 * angle), 1 / (1 + 0.12 * scale)
+    right, down = 0.06 * size * right, 0.06 * size * down
+    cos, sin, middle = math.cos(angle) * scale, math.sin(angle) * scale, size / 2
+    matrix = (
+        *(cos, sin, middle - cos * (middle + right) - sin * (middle + down)),
+        *(-sin, cos, middle + sin * (middle + right) - cos * (middle + down)),
+    )
+    moved = picture.transform((size, size), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor="white")
+    return moved.point(lambda value: 255 - (255 - value) * (1 + 0.1 * light))
+
+
+class MMARLatentDataset(Dataset):
+    r"""
+    Rows whose pictures were encoded once: the posterior's mean and std of the picture and of distorted copies.
+
+    The distorted copies widen the pictures that understanding sees; generation always learns the picture itself.
+
+    Args:
+        rows (`list[dict]`): As `read_rows` gives them.
+        model (`MMARForConditionalGeneration`): Its frozen VAE encodes.
+        processor (`MMARProcessor`): Its image processor reads.
+        num_copies (`int`, *optional*, defaults to 0): Distorted copies per picture.
+        batch_size (`int`, *optional*, defaults to 64): Pictures per VAE pass.
+    """
+
+    def __init__(
+        self,
+        rows: list[dict[str, Any]],
+        model: MMARForConditionalGeneration,
+        processor: MMARProcessor,
+        num_copies: int = 0,
+        batch_size: int = 64,
+    ):
+        self.rows = [{key: value for key, value in row.items() if key != "image"} for row in rows]
+        means, stds = [], []
+        for copy in range(num_copies + 1):
+            for start in tqdm(range(0, len(rows), batch_size), desc=f"latents {copy + 1}/{num_copies + 1}", delay=2):
+                pictures = [open_picture(row["image"]) for row in rows[start : start + batch_size]]
+                pictures = pictures if copy == 0 else [distort(picture) for picture in pictures]
+                pixel_values = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+                mean, std = model.encode_image_distributions(pixel_values.to(model.device))
+                means.append(mean.cpu())
+                stds.append(std.cpu())
+        # (copies * rows, C, h, w) -> (rows, copies, C, h, w)
+        shape = (num_copies + 1, len(rows), *means[0].shape[1:])
+        self.means = torch.cat(means).view(shape).transpose(0, 1).contiguous()
+        self.stds = torch.cat(stds).view(shape).transpose(0, 1).contiguous()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.rows[index], "latent_means": self.means[index], "latent_stds": self.stds[index]}
+
+
+def open_picture(image: bytes | str | Path | Image.Image) -> Image.Image:
+    """Opens bytes or a path as an RGB picture."""
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    return Image.open(io.BytesIO(image) if isinstance(image, bytes) else image).convert("RGB")
+
+
+@dataclass
+class MMARDataCollator:
+    r"""
+    Draws a task per row and builds the batch.
+
+    Args:
+        processor (`MMARProcessor`): Makes tokens and labels.
+        num_latents (`int`): N.
+        task_weights (`tuple[float, float, float]`, *optional*): Of t2i, i2t and uncond; (0.5, 0.45, 0.05) by default
+            (suppl. Sec. 6.1).
+        mask_ratio_min (`float`, *optional*, defaults to 0.7): Lower bound of the mask ratio; 0.7 in stage 1, 0 later
+            (Sec. 3.3.3).
+    """
+
+    processor: MMARProcessor
+    num_latents: int
+    task_weights: tuple[float, float, float] = (0.5, 0.45, 0.05)
+    mask_ratio_min: float = 0.7
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        r"""
+        Args:
+            rows (`list[dict]`): Rows of `MMARLatentDataset`, or rows with `image`.
+
+        Returns:
+            `dict` with `input_ids`, `attention_mask`, `labels` `(B, L)`, left padded; `latents` `(B, C, h, w)` or
+            `pixel_values` `(B, 3, H, W)`; `latent_mask` `(B, N)`, True where a latent is hidden.
+        """
+        tasks = torch.multinomial(torch.tensor(self.task_weights), len(rows), replacement=True).tolist()
+        examples, latents, pictures = [], [], []
+        latent_mask = sample_latent_mask(len(rows), self.num_latents, self.mask_ratio_min)
+        for i, (row, task_index) in enumerate(zip(rows, tasks, strict=True)):
+            task = TASKS[task_index]
+            if task == "i2t":
+                pair = int(torch.randint(len(row["questions"]), ()))
+                example = self.processor.training_example(task, row["answers"][pair], row["questions"][pair])
+                latent_mask[i] = False
+            else:
+                caption = row["captions"][int(torch.randint(len(row["captions"]), ()))]
+                example = self.processor.training_example(task, caption)
+            examples.append(example)
+            if "latent_means" in row:
+                copy = int(torch.randint(len(row["latent_means"]), ())) if task == "i2t" else 0
+                mean, std = row["latent_means"][copy], row["latent_stds"][copy]
+                latents.append(mean + std * torch.randn(mean.shape))
+            else:
+                pictures.append(open_picture(row["image"]))
+        input_ids = _pad([example["input_ids"] for example in examples], self.processor.tokenizer.pad_token_id)
+        labels = _pad([example["labels"] for example in examples], IGNORE_INDEX)
+        attention_mask = _pad([[1] * len(example["input_ids"]) for example in examples], 0)
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "latent_mask": latent_mask}
+        if latents:
+            batch["latents"] = torch.stack(latents)
+        else:
+            batch["pixel_values"] = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        return batch
+
+
+def _pad(sequences: list[list[int]], value: int) -> Tensor:
+    tensors = [torch.tensor(sequence) for sequence in sequences]
+    return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side="left")

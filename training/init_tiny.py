@@ -1,0 +1,88 @@
+"""
+Makes an untrained mmar-tiny: its byte-level BPE tokenizer, its config and a trained small VAE in one folder.
+
+    python -m mmar.training.init_tiny --config configs/mmar-tiny --data checkpoints/emoji-lite/train.parquet \
+        --vae runs/vae --out runs/init
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+from ..modeling_mmar.configuration_mmar import MMARConfig
+from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
+from ..processors.image_processing_mmar import MMARImageProcessor
+from ..processors.processing_mmar import IMAGE_TOKEN, MMARProcessor
+from .data import read_rows
+
+
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", IMAGE_TOKEN]
+
+
+def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with ChatML's special tokens, trained on `texts`; any string can be encoded."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>", IMAGE_TOKEN],
+        model_max_length=max_length,
+        padding_side="left",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, type=Path, help="folder with the preset's config.json")
+    parser.add_argument("--data", required=True, type=Path, help="parquet whose texts train the tokenizer")
+    parser.add_argument("--vae", required=True, type=Path, help="diffusers folder of a trained AutoencoderKL")
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    config = MMARConfig.from_pretrained(args.config)
+    vae = AutoencoderKL.from_pretrained(args.vae)
+    config.vae_config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
+    rows = read_rows(args.data)
+    processor_texts = [
+        "<|im_start|>user\nGenerate an image:<|im_end|>\n<|im_start|>assistant\n",
+        *(text for row in rows for text in row["captions"] + row["questions"] + row["answers"]),
+    ]
+    text_config = config.text_config
+    tokenizer = train_tokenizer(processor_texts, text_config.vocab_size, text_config.max_position_embeddings)
+    image_processor = MMARImageProcessor(size={"height": config.image_size, "width": config.image_size})
+    processor = MMARProcessor(image_processor, tokenizer, num_image_tokens=config.num_latents)
+    config.image_token_id = processor.image_token_id
+
+    model = MMARForConditionalGeneration(config)
+    model.vae.load_state_dict(vae.state_dict())
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, max_new_tokens=32
+    )
+    model.save_pretrained(args.out)
+    processor.save_pretrained(args.out)
+    counts = {
+        name: sum(p.numel() for p in module.parameters())
+        for name, module in (("model", model.model), ("diffusion_mlp", model.diffusion_mlp), ("vae", model.vae))
+    }
+    print(json.dumps({"vocab_size": len(tokenizer), "parameters": counts}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""
+Trains MMAR after a recipe.
+
+    python -m mmar.training.train training/recipes/mmar_tiny.yaml model=runs/init data=train.parquet output_dir=runs/a
+
+RECIPE is a YAML file of `DataArguments` and `MMARTrainingArguments` fields; `key=value` on the command line wins.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
+from ..processors.processing_mmar import MMARProcessor
+from .data import MMARDataCollator, MMARLatentDataset, read_rows
+from .trainer import MMARTrainer, MMARTrainingArguments
+
+
+@dataclass
+class DataArguments:
+    """What to train on, and how the tasks are drawn."""
+
+    model: str = field(metadata={"help": "folder of an initialized MMAR"})
+    data: str = field(metadata={"help": "parquet with image, captions, questions, answers"})
+    task_weights: list[float] = field(
+        default_factory=lambda: [0.5, 0.45, 0.05], metadata={"help": "of text to image, image to text, unconditional"}
+    )
+    mask_ratio_min: float = field(default=0.7, metadata={"help": "lower bound of the mask ratio"})
+    num_copies: int = field(default=0, metadata={"help": "distorted copies of each picture for image to text"})
+    diffusion_batch_mul: int = field(default=4, metadata={"help": "timesteps drawn per z"})
+    resume: bool = field(default=True, metadata={"help": "go on from the last checkpoint in output_dir"})
+
+
+def parse(arguments: list[str]) -> tuple[DataArguments, MMARTrainingArguments]:
+    r"""
+    Reads a recipe and the overrides after it.
+
+    Raises:
+        ValueError: If there is no recipe, an override is not `key=value`, or a key is unknown.
+    """
+    if not arguments or not Path(arguments[0]).is_file():
+        raise ValueError(f"expected a recipe (a YAML file) as first argument; got {arguments[:1]}.")
+    values = yaml.safe_load(Path(arguments[0]).read_text()) or {}
+    for argument in arguments[1:]:
+        key, found, value = argument.partition("=")
+        if not found:
+            raise ValueError(f"expected key=value after the recipe; got {argument!r}.")
+        values[key] = yaml.safe_load(value)
+    return HfArgumentParser((DataArguments, MMARTrainingArguments)).parse_dict(values)
+
+
+def main() -> None:
+    data_args, args = parse(sys.argv[1:])
+    # Saved in bfloat16 or not, the weights are trained in float32; `bf16: true` is autocast.
+    model = MMARForConditionalGeneration.from_pretrained(data_args.model, dtype="float32")
+    model.config.diffusion_config.diffusion_batch_mul = data_args.diffusion_batch_mul
+    processor = MMARProcessor.from_pretrained(data_args.model)
+    dataset = MMARLatentDataset(read_rows(data_args.data), model, processor, data_args.num_copies)
+    collator = MMARDataCollator(
+        processor, model.config.num_latents, tuple(data_args.task_weights), data_args.mask_ratio_min
+    )
+    trainer = MMARTrainer(
+        model=model, args=args, train_dataset=dataset, data_collator=collator, processing_class=processor
+    )
+    last = get_last_checkpoint(args.output_dir) if data_args.resume and Path(args.output_dir).is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    with trainer.ema_weights():
+        trainer.save_model(str(Path(args.output_dir) / "final"))
+
+
+if __name__ == "__main__":
+    main()

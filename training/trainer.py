@@ -1,0 +1,157 @@
+"""`MMARTrainer`: transformers' `Trainer` with losses by kind, EMA and the frozen parts frozen."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+
+EMA_FILE = "ema.safetensors"
+# Early steps average over fewer: decay (1 + t) / (10 + t), as in TensorFlow's moving averages.
+EMA_WARMUP = 10
+
+
+@dataclass
+class MMARTrainingArguments(TrainingArguments):
+    r"""
+    `TrainingArguments` with MMAR's own.
+
+    Args:
+        ema_decay (`float`, *optional*, defaults to 0.9999): Momentum of the moving average of the trained weights
+            (Sec. 3.3.3); 0 turns it off.
+        train_backbone (`bool`, *optional*, defaults to `False`): Also train Qwen2's own weights; for a backbone that
+            was not pretrained.
+    """
+
+    ema_decay: float = field(default=0.9999, metadata={"help": "momentum of the weights' moving average; 0: none"})
+    train_backbone: bool = field(default=False, metadata={"help": "also train Qwen2's own weights"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` must be in [0, 1); got {self.ema_decay}.")
+        # The collator reads columns that `forward` does not name.
+        self.remove_unused_columns = False
+
+
+class EMA:
+    """Exponential moving average of a model's trainable parameters, float32."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay, self.num_updates = decay, 0
+        self.shadow = {name: p.detach().float().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Moves the average towards the model's weights."""
+        self.num_updates += 1
+        decay = min(self.decay, (1 + self.num_updates) / (EMA_WARMUP + self.num_updates))
+        parameters = dict(model.named_parameters())
+        shadows = list(self.shadow.values())
+        torch._foreach_lerp_(shadows, [parameters[name].detach().float() for name in self.shadow], 1 - decay)
+
+    @contextmanager
+    def applied_to(self, model: nn.Module) -> Iterator[None]:
+        """Within the context the model holds the averaged weights."""
+        parameters = dict(model.named_parameters())
+        kept = {name: parameters[name].detach().clone() for name in self.shadow}
+        self._write(parameters, self.shadow)
+        try:
+            yield
+        finally:
+            self._write(parameters, kept)
+
+    @staticmethod
+    @torch.no_grad()
+    def _write(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            parameters[name].copy_(value)
+
+    def save(self, folder: str | Path) -> None:
+        save_file(
+            {**self.shadow, "num_updates": torch.tensor(self.num_updates)}, Path(folder) / EMA_FILE, {"format": "pt"}
+        )
+
+    def load(self, folder: str | Path) -> None:
+        """Raises ValueError if the file's parameters are not those of the average."""
+        stored = load_file(Path(folder) / EMA_FILE)
+        self.num_updates = int(stored.pop("num_updates"))
+        if stored.keys() != self.shadow.keys():
+            raise ValueError(
+                f"{EMA_FILE} must hold the {len(self.shadow)} trained parameters; got {len(stored)}. Resume with the "
+                "same `train_backbone` and model."
+            )
+        for name, value in stored.items():
+            self.shadow[name].copy_(value)
+
+
+class _UpdateEMA(TrainerCallback):
+    def __init__(self, trainer: "MMARTrainer"):
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.ema.update(self.trainer.accelerator.unwrap_model(self.trainer.model))
+
+
+class MMARTrainer(Trainer):
+    r"""
+    Trains an `MMARForConditionalGeneration`; see `Trainer` for the arguments.
+
+    Logs `text_loss` and `image_loss` beside `loss`, keeps an EMA of the trained weights (saved and resumed with each
+    checkpoint; `ema_weights()` applies it) and freezes what the paper freezes.
+    """
+
+    # MMAR's losses are means over a micro-batch; the Trainer divides by the accumulation steps.
+    loss_is_scaled_for_ga = False
+
+    def __init__(self, model: nn.Module, args: MMARTrainingArguments, **kwargs):
+        model.freeze(train_backbone=args.train_backbone)
+        super().__init__(model=model, args=args, **kwargs)
+        self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2))
+        self.ema = EMA(model, args.ema_decay) if args.ema_decay > 0 else None
+        if self.ema is not None:
+            self.add_callback(_UpdateEMA(self))
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Within the context the model holds the EMA weights, if there is an EMA."""
+        if self.ema is None:
+            yield
+        else:
+            with self.ema.applied_to(self.accelerator.unwrap_model(self.model)):
+                yield
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        for name in ("text_loss", "image_loss"):
+            value = getattr(outputs, name)
+            if value is not None:
+                self._sums[name] += torch.tensor([value.item(), 1.0])
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" in logs:
+            logs = {**logs, **{name: round((s[0] / s[1]).item(), 4) for name, s in self._sums.items()}}
+            self._sums.clear()
+        super().log(logs, *args, **kwargs)
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        with self.ema_weights():
+            return super().evaluate(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.ema is not None and self.args.should_save:
+            self.ema.save(output_dir if output_dir is not None else self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.ema is not None:
+            self.ema.load(resume_from_checkpoint)
