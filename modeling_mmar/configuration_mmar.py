@@ -1,10 +1,12 @@
 """MMAR configuration. Defaults are MMAR-0.5B (arXiv 2410.10798, suppl. Table 5)."""
 
+from copy import deepcopy
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 
 # LDM's KL-16 in diffusers' terms: a 256 x 256 picture becomes 16 x 16 tokens of 16 channels (suppl. Sec. 6.1).
@@ -41,6 +43,21 @@ QWEN2_0_5B_CONFIG = {
 PAPER_IMAGE_GENERATION = {"num_ar_steps": 256, "num_inference_steps": 100, "guidance_scale": 10.0}
 
 PREDICTION_TYPES = ("v_prediction", "epsilon")
+
+# Where transformers finds MMAR's code in a folder or repository.
+AUTO_MAP = {
+    "AutoConfig": "configuration_mmar.MMARConfig",
+    "AutoModel": "modeling_mmar.MMARForConditionalGeneration",
+    "AutoModelForImageTextToText": "modeling_mmar.MMARForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_mmar.MMARForConditionalGeneration",
+}
+CUSTOM_PIPELINES = {
+    "text-to-image": {
+        "impl": "text_to_image_mmar.MMARTextToImagePipeline",
+        "pt": ["AutoModel"],
+        "type": "multimodal",
+    }
+}
 
 
 @strict
@@ -138,6 +155,8 @@ class MMARConfig(PreTrainedConfig):
             Qwen2's embedding that its tokenizer leaves unused. Its embedding is never read.
         image_generation (`dict`, *optional*): Defaults of image generation, `num_ar_steps`, `num_inference_steps` and
             `guidance_scale`; the paper's protocol when not given (Sec. 4.6).
+        null_prompt_ids (`list[int]`, *optional*): Tokens of the null prompt, for guidance where no processor is at
+            hand, as in `generate(generation_mode="image")`. `MMARPipeline.save_pretrained` fills them in.
         tie_word_embeddings (`bool`, *optional*): Copied from `text_config`; no need to set it.
 
     Example:
@@ -167,14 +186,27 @@ class MMARConfig(PreTrainedConfig):
     plora_alpha: float = 128.0
     image_token_id: int = 151646
     image_generation: dict[str, Any] | None = None
+    null_prompt_ids: list[int] | None = None
     tie_word_embeddings: bool | None = None
 
     def __post_init__(self, **kwargs):
         self.vae_config = dict(KL16_CONFIG if self.vae_config is None else self.vae_config)
         self.image_generation = PAPER_IMAGE_GENERATION | (self.image_generation or {})
+        if not __name__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}."):
+            # Installed, the registered pipeline serves; this entry would have transformers ask for trust.
+            kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
         # The backbone decides: transformers ties weights by the outer config.
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as a dictionary, with the entries by which transformers finds MMAR's code."""
+        output = super().to_dict()
+        for name in self.sub_configs:
+            # Set by loading, and the same as our own: saving again must give the same file.
+            if isinstance(output.get(name), dict):
+                output[name].pop("dtype", None)
+        return {**output, "auto_map": dict(AUTO_MAP), "custom_pipelines": deepcopy(CUSTOM_PIPELINES)}
 
     @property
     def vae_scale_factor(self) -> int:

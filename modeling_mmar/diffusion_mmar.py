@@ -32,14 +32,22 @@ def cosine_alphas_cumprod(num_train_timesteps: int) -> Tensor:
     return (1 - betas).cumprod(0).float()
 
 
+class MMARDiffusionLinear(nn.Linear):
+    """A linear of the head; `initialization` of its weight is "xavier", "normal" or "zero" (MAR), its bias is 0."""
+
+    def __init__(self, in_features: int, out_features: int, initialization: str = "xavier"):
+        super().__init__(in_features, out_features)
+        self.initialization = initialization
+
+
 class MMARTimestepEmbedding(nn.Module):
     """Sinusoids of the integer timestep, then two linears with SiLU (DiT, MAR)."""
 
     def __init__(self, frequency_embedding_size: int, hidden_size: int):
         super().__init__()
         self.frequency_embedding_size = frequency_embedding_size
-        self.linear_1 = nn.Linear(frequency_embedding_size, hidden_size)
-        self.linear_2 = nn.Linear(hidden_size, hidden_size)
+        self.linear_1 = MMARDiffusionLinear(frequency_embedding_size, hidden_size, "normal")
+        self.linear_2 = MMARDiffusionLinear(hidden_size, hidden_size, "normal")
 
     def forward(self, timesteps: Tensor) -> Tensor:
         half = self.frequency_embedding_size // 2
@@ -56,9 +64,9 @@ class MMARDiffusionBlock(nn.Module):
         super().__init__()
         width, expanded = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.linear_1 = nn.Linear(width, expanded)
-        self.linear_2 = nn.Linear(expanded, width)
-        self.modulation = nn.Linear(width, 3 * width)
+        self.linear_1 = MMARDiffusionLinear(width, expanded)
+        self.linear_2 = MMARDiffusionLinear(expanded, width)
+        self.modulation = MMARDiffusionLinear(width, 3 * width, "zero")
 
     def forward(self, hidden_states: Tensor, condition: Tensor) -> Tensor:
         shift, scale, gate = self.modulation(condition).chunk(3, dim=-1)
@@ -80,12 +88,12 @@ class MMARDiffusionMLP(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.timestep_embedding = MMARTimestepEmbedding(config.frequency_embedding_size, width)
-        self.condition_projection = nn.Linear(condition_size, width)
-        self.input_projection = nn.Linear(latent_channels, width)
+        self.condition_projection = MMARDiffusionLinear(condition_size, width)
+        self.input_projection = MMARDiffusionLinear(latent_channels, width)
         self.blocks = nn.ModuleList(MMARDiffusionBlock(config) for _ in range(config.num_hidden_layers))
         self.final_norm = nn.LayerNorm(width, eps=config.layer_norm_eps, elementwise_affine=False)
-        self.final_modulation = nn.Linear(width, 2 * width)
-        self.output_projection = nn.Linear(width, latent_channels)
+        self.final_modulation = MMARDiffusionLinear(width, 2 * width, "zero")
+        self.output_projection = MMARDiffusionLinear(width, latent_channels, "zero")
 
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, z: Tensor) -> Tensor:
         r"""

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_mmar import MMARConfig, MMARViTConfig
 
@@ -21,7 +22,7 @@ class MMARMLPProjector(nn.Module):
         return self.layers[-1](hidden_states)
 
 
-class MMARViTLayer(nn.Module):
+class MMARViTLayer(GradientCheckpointingLayer):
     """A pre-norm transformer encoder layer (ViT, arXiv 2010.11929)."""
 
     def __init__(self, config: MMARViTConfig):
@@ -55,7 +56,6 @@ class MMAREmbeddingViT(nn.Module):
         self.position_embedding = nn.Parameter(torch.zeros(config.num_latents, vit.hidden_size))
         self.layers = nn.ModuleList(MMARViTLayer(vit) for _ in range(vit.num_hidden_layers))
         self.norm = nn.LayerNorm(vit.hidden_size, eps=vit.layer_norm_eps)
-        self.gradient_checkpointing = False
 
     def forward(self, embeddings: Tensor, positions: Tensor, valid: Tensor | None = None) -> Tensor:
         r"""

@@ -52,8 +52,8 @@ class MMARImageGenerationMixin:
         Draws pictures after a text prefix: N tokens per autoregressive step in random order, each by diffusion.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(B, L)`): The text before the picture, without image tokens, left
-                padded.
+            input_ids (`torch.LongTensor` of shape `(B, L)`): The text before the picture, without image tokens,
+                left padded.
             attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): 0 at padding.
             negative_input_ids (`torch.LongTensor` of shape `(B, L')`, *optional*): The null prompt; needed for
                 guidance.
@@ -69,8 +69,8 @@ class MMARImageGenerationMixin:
                 False (inpainting).
             latent_mask (`torch.BoolTensor` of shape `(B, N)`, *optional*): True where to generate; equally many per
                 picture. Defaults to everywhere.
-            callback (`Callable`, *optional*): Called after each round with its index, the number of rounds, the partial
-                latents `(B, C, h, w)` and the mask `(B, N)` of what is still hidden. It may return a dict with
+            callback (`Callable`, *optional*): Called after each round with its index, the number of rounds, the
+                partial latents `(B, C, h, w)` and the mask `(B, N)` of what is still hidden. It may return a dict with
                 "latents" to go on with.
             output_type (`str`, *optional*, defaults to `"pt"`): "pt" for pictures, "latent" for latents.
 
@@ -130,7 +130,7 @@ class MMARImageGenerationMixin:
             if callback is not None:
                 changed = callback(step, num_ar_steps, self._as_latents(tokens), hidden)
                 if changed is not None and "latents" in changed:
-                    tokens = changed["latents"].flatten(2).transpose(1, 2)
+                    tokens = changed["latents"].to(tokens).flatten(2).transpose(1, 2)
 
         latents = self._as_latents(tokens)
         if not bool(torch.isfinite(latents).all()):
@@ -191,7 +191,10 @@ class MMARImageGenerationMixin:
                 "`latent_mask` must hide the same number of latents, at least one, in every picture; got "
                 f"{counts.tolist()}. Draw pictures with different masks one by one."
             )
-        return latents.float().flatten(2).transpose(1, 2), latent_mask.to(device)
+        latent_mask = latent_mask.to(device)
+        tokens = latents.to(device, torch.float32).flatten(2).transpose(1, 2)
+        # What stood at hidden places is shown to no one, the callback included.
+        return tokens.masked_fill(latent_mask[..., None], 0.0), latent_mask
 
     def _as_latents(self, tokens: Tensor) -> Tensor:
         size = self.config.latent_size
@@ -220,6 +223,11 @@ class MMARImageGenerationMixin:
             raise ValueError(
                 f"`guidance_scale` {guidance_scale} needs a null prompt; pass `negative_input_ids` (see "
                 "`MMARProcessor.generation_inputs`) or set `guidance_scale=1`."
+            )
+        if guidance_scale > 1 and len(negative_input_ids) != len(input_ids):
+            raise ValueError(
+                f"`negative_input_ids` must hold one null prompt per picture, {len(input_ids)}; got "
+                f"{len(negative_input_ids)}."
             )
         longest = max(input_ids.shape[1], 0 if negative_input_ids is None else negative_input_ids.shape[1])
         limit = self.config.text_config.max_position_embeddings

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 
 # Truncated normal of the mask ratio (MAR): mean 1, std 0.25, on [0.7, 1] in stage 1; Sec. 3.3.3 gives the bounds.
@@ -46,6 +47,35 @@ def shared_position_ids(image_token_mask: Tensor, num_latents: int, attention_ma
     return position_ids if attention_mask is None else position_ids.masked_fill(attention_mask == 0, 0)
 
 
+def cached_position_ids(cache: Cache | None, batch: int) -> Tensor:
+    r"""
+    RoPE positions of the tokens in a cache, which MMAR's forward keeps on it; they follow `cache.crop`.
+
+    Args:
+        cache (`Cache`, *optional*): Keys and values of earlier tokens.
+        batch (`int`): B.
+
+    Returns:
+        `torch.LongTensor` of shape `(B, past)`.
+
+    Raises:
+        ValueError: If the cache holds another number of rows.
+    """
+    past_length = 0 if cache is None else int(cache.get_seq_length())
+    position_ids = getattr(cache, "mmar_position_ids", None)
+    if position_ids is None or past_length == 0:
+        position_ids = torch.empty(batch, 0, dtype=torch.long)
+    if len(position_ids) != batch:
+        raise ValueError(
+            f"the cache holds the positions of {len(position_ids)} rows; got {batch}. Read the prompt again."
+        )
+    position_ids = position_ids[:, :past_length]
+    # Tokens that passed by unnoticed (a compiled decoding step) are text: each takes the next position.
+    start = position_ids[:, -1:] + 1 if position_ids.shape[1] else 0
+    missing = torch.arange(past_length - position_ids.shape[1], device=position_ids.device).expand(batch, -1)
+    return torch.cat([position_ids, missing + start], dim=1)
+
+
 def sample_mask_ratios(num_images: int, minimum: float, generator: torch.Generator | None = None) -> Tensor:
     r"""
     Draws mask ratios from a normal of mean 1 and std 0.25 truncated to [`minimum`, 1] (MAR; Sec. 3.3.3).
@@ -61,7 +91,8 @@ def sample_mask_ratios(num_images: int, minimum: float, generator: torch.Generat
     if not 0 <= minimum < 1:
         raise ValueError(f"`minimum` must be in [0, 1), the lower bound of the mask ratio; got {minimum}.")
     low = 0.5 * (1 + math.erf((minimum - MASK_RATIO_MEAN) / (MASK_RATIO_STD * math.sqrt(2))))
-    uniform = torch.rand(num_images, generator=generator, dtype=torch.float64)
+    device = "cpu" if generator is None else generator.device
+    uniform = torch.rand(num_images, generator=generator, device=device, dtype=torch.float64)
     # Inverse of the normal's distribution function between `minimum` and the mean, where it is 1 / 2.
     quantile = (low + uniform * (0.5 - low)).clamp(min=1e-12)
     ratios = MASK_RATIO_MEAN + MASK_RATIO_STD * math.sqrt(2) * torch.erfinv(2 * quantile - 1)
@@ -71,7 +102,12 @@ def sample_mask_ratios(num_images: int, minimum: float, generator: torch.Generat
 def sample_orders(num_images: int, num_latents: int, generators: list[torch.Generator] | None = None) -> Tensor:
     """A fresh permutation of the latent positions per picture (Sec. 3.3.1): `(num_images, num_latents)`, int64."""
     generators = generators if generators is not None else [None] * num_images
-    return torch.stack([torch.randperm(num_latents, generator=generator) for generator in generators])
+    devices = ["cpu" if generator is None else generator.device for generator in generators]
+    orders = [
+        torch.randperm(num_latents, generator=generator, device=device)
+        for generator, device in zip(generators, devices, strict=True)
+    ]
+    return torch.stack(orders)
 
 
 def sample_latent_mask(
@@ -91,7 +127,7 @@ def sample_latent_mask(
     """
     ratios = sample_mask_ratios(num_images, minimum, generator)
     num_hidden = (ratios * num_latents).ceil().long().clamp(1, num_latents)
-    ranks = torch.rand(num_images, num_latents, generator=generator).argsort(-1).argsort(-1)
+    ranks = torch.rand(num_images, num_latents, generator=generator, device=ratios.device).argsort(-1).argsort(-1)
     return ranks < num_hidden[:, None]
 
 

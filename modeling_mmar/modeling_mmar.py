@@ -1,26 +1,32 @@
 """MMAR: one model for text from images and images from text (arXiv 2410.10798)."""
 
+import inspect
+import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import ModelOutput
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, ModelOutput
 
+from ..conversion.hub_mmar import export_remote_code
 from .configuration_mmar import MMARConfig
-from .diffusion_mmar import MMARDiffusionMLP, cosine_alphas_cumprod, diffusion_loss
+from .diffusion_mmar import MMARDiffusionLinear, MMARDiffusionMLP, cosine_alphas_cumprod, diffusion_loss
 from .embedding_vit_mmar import MMAREmbeddingViT, MMARLatentEncoder
 from .generation_mmar import MMARImageGenerationMixin
-from .masking_mmar import image_block_ids, shared_position_ids
-from .plora_mmar import MMARQwen2Model, PLoRALinear
+from .masking_mmar import cached_position_ids, image_block_ids, shared_position_ids
+from .plora_mmar import MMARQwen2Model
 
 
 IGNORE_INDEX = -100
@@ -35,8 +41,8 @@ class MMARCausalLMOutputWithPast(ModelOutput):
         loss (`torch.FloatTensor`, *optional*): Sum of the losses below (Eq. 4 with weights 1 : 1), where any applies.
         text_loss (`torch.FloatTensor`, *optional*): Cross entropy per labelled token, in nats.
         image_loss (`torch.FloatTensor`, *optional*): Diffusion loss of the hidden latents (Eq. 8).
-        logits (`torch.FloatTensor` of shape `(B, L, vocab_size)`, *optional*): None in training with labels, where only
-            labelled positions pass the `lm_head`.
+        logits (`torch.FloatTensor` of shape `(B, L, vocab_size)`, *optional*): None in training with labels, where
+            only labelled positions pass the `lm_head`.
         past_key_values (`Cache`, *optional*): Keys and values of the sequence so far.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*): Of each layer, each `(B, L, D)`.
         attentions (`tuple(torch.FloatTensor)`, *optional*): Of each layer, each `(B, heads, L, L)`.
@@ -53,8 +59,8 @@ class MMARCausalLMOutputWithPast(ModelOutput):
     image_hidden_states: Tensor | None = None
 
 
-class MMARAutoencoderKL(AutoencoderKL):
-    """diffusers' `AutoencoderKL` that stays in its own dtype, float32, when the model around it is cast."""
+class _KeepsDtype(nn.Module):
+    """A module that stays in its own dtype, float32, when the model around it is cast."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -62,6 +68,14 @@ class MMARAutoencoderKL(AutoencoderKL):
             return applied if applied.dtype == tensor.dtype else tensor.to(applied.device)
 
         return super()._apply(keep_dtype, recurse)
+
+
+class MMARAutoencoderKL(_KeepsDtype, AutoencoderKL):
+    """diffusers' `AutoencoderKL` in float32."""
+
+
+class MMARRotaryEmbedding(_KeepsDtype, Qwen2RotaryEmbedding):
+    """Qwen2's frequencies in float32, cast or loaded: in bfloat16 the positions of a long text run into each other."""
 
 
 class MMARPreTrainedModel(PreTrainedModel):
@@ -77,7 +91,8 @@ class MMARPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     # FlashAttention-2 ignores the block mask that makes an image bidirectional.
     _supports_flash_attn = False
-    _supports_flex_attn = True
+    # Its block masks cannot be mixed with the dense mask of image generation.
+    _supports_flex_attn = False
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _keep_in_fp32_modules_strict = ["vae"]
@@ -85,31 +100,20 @@ class MMARPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.vit_config.initializer_range
-        if isinstance(module, PLoRALinear):
-            init.normal_(module.weight, std=self.config.text_config.initializer_range)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-            init.kaiming_uniform_(module.image_A, a=5**0.5)
-            init.zeros_(module.image_B)
-        elif isinstance(module, MMAREmbeddingViT):
+        # Keyed on the modules that own the parameters: transformers visits no others. PLoRA's are in MMARQwen2Model.
+        if isinstance(module, MMAREmbeddingViT):
             init.normal_(module.position_embedding, std=std)
         elif isinstance(module, MMARLatentEncoder):
             init.normal_(module.mask_token, std=std)
             init.normal_(module.position_embedding, std=std)
-        elif isinstance(module, MMARDiffusionMLP):
-            # Runs after its children, and so has the last word (MAR's initialization).
-            for linear in module.modules():
-                if isinstance(linear, nn.Linear):
-                    init.xavier_uniform_(linear.weight)
-                    init.zeros_(linear.bias)
-            for linear in (module.timestep_embedding.linear_1, module.timestep_embedding.linear_2):
-                init.normal_(linear.weight, std=std)
-            for linear in (
-                *(block.modulation for block in module.blocks),
-                module.final_modulation,
-                module.output_projection,
-            ):
-                init.zeros_(linear.weight)
+        elif isinstance(module, MMARDiffusionLinear):
+            if module.initialization == "zero":
+                init.zeros_(module.weight)
+            elif module.initialization == "normal":
+                init.normal_(module.weight, std=std)
+            else:
+                init.xavier_uniform_(module.weight)
+            init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm) and not module.elementwise_affine:
             return
         else:
@@ -122,6 +126,7 @@ class MMARModel(MMARPreTrainedModel):
     def __init__(self, config: MMARConfig):
         super().__init__(config)
         self.language_model = MMARQwen2Model(config.text_config, config.plora_rank, config.plora_alpha)
+        self.language_model.rotary_emb = MMARRotaryEmbedding(config.text_config)
         self.latent_encoder = MMARLatentEncoder(config)
         self.post_init()
 
@@ -207,7 +212,10 @@ class MMARModel(MMARPreTrainedModel):
         # 4. The language model. In training PLoRA always runs, so that ranks with and without images agree.
         if image_token_mask is None and self.training:
             image_token_mask = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
-        return self.language_model(
+        cached = None
+        if use_cache is not False and not torch.compiler.is_compiling():
+            cached = cached_position_ids(past_key_values, len(inputs_embeds))
+        outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -216,6 +224,11 @@ class MMARModel(MMARPreTrainedModel):
             image_token_mask=image_token_mask,
             **kwargs,
         )
+        if cached is not None and outputs.past_key_values is not None:
+            # The next token's position is not the number of cached tokens, once a picture was read.
+            position_ids = position_ids.expand(len(inputs_embeds), -1)
+            outputs.past_key_values.mmar_position_ids = torch.cat([cached.to(position_ids), position_ids], dim=1)
+        return outputs
 
     def _check_images(self, image_token_mask: Tensor | None, latent_tokens: Tensor | None) -> None:
         num_tokens = 0 if image_token_mask is None else int(image_token_mask.sum())
@@ -226,6 +239,11 @@ class MMARModel(MMARPreTrainedModel):
                 f"{num_images} pictures given; got {num_tokens} image tokens. Give one picture per image mark of the "
                 "text; `MMARProcessor` expands the marks."
             )
+        if num_tokens and bool((image_token_mask.sum(-1) % self.config.num_latents).any()):
+            raise ValueError(
+                f"expected whole pictures, {self.config.num_latents} image tokens each, in each row; got "
+                f"{image_token_mask.sum(-1).tolist()} image tokens. Do not truncate a text inside a picture."
+            )
 
     def _position_ids(
         self,
@@ -235,19 +253,15 @@ class MMARModel(MMARPreTrainedModel):
         past_key_values: Cache | None,
     ) -> Tensor:
         batch, length = inputs_embeds.shape[:2]
-        # Positions taken so far; fewer than the tokens, once a picture was read. It travels with the cache.
-        start = getattr(past_key_values, "mmar_next_position", None)
-        if start is None:
-            start = 0 if past_key_values is None else past_key_values.get_seq_length()
+        # Positions taken so far; fewer than the tokens, once a picture was read.
+        cached = cached_position_ids(past_key_values, batch).to(inputs_embeds.device)
+        start = cached[:, -1:] + 1 if cached.shape[1] else 0
         padding_mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
         if padding_mask is not None:
             padding_mask = padding_mask[:, -length:]
         if image_token_mask is None:
             image_token_mask = torch.zeros((batch, length), dtype=torch.bool, device=inputs_embeds.device)
-        position_ids = shared_position_ids(image_token_mask, self.config.num_latents, padding_mask) + start
-        if past_key_values is not None:
-            past_key_values.mmar_next_position = position_ids[:, -1:] + 1
-        return position_ids
+        return shared_position_ids(image_token_mask, self.config.num_latents, padding_mask) + start
 
 
 class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin, GenerationMixin):
@@ -286,11 +300,66 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         self.freeze()
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        loaded = super().from_pretrained(*args, **kwargs)
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *args,
+        output_loading_info: bool = False,
+        **kwargs,
+    ):
+        r"""
+        Loads a model; see `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: If weights are missing: a file of a local folder, or tensors in the files. transformers would
+                draw the latter at random.
+        """
+        if pretrained_model_name_or_path is not None and not kwargs.get("subfolder") and not kwargs.get("variant"):
+            _check_weights_files(Path(pretrained_model_name_or_path))
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(
+                f"expected all weights of the model in {str(pretrained_model_name_or_path)!r}; {len(missing)} are "
+                f"missing, among them {', '.join(missing[:3])}. Check that the config belongs to these weights and "
+                "that they were written whole."
+            )
         # Loading makes new parameters, which are trainable.
-        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()
-        return loaded
+        model.freeze()
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        **kwargs,
+    ) -> None:
+        r"""
+        Writes config.json, generation_config.json, the weights and MMAR's code; see `PreTrainedModel.save_pretrained`.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Folder, made if it does not exist.
+            is_main_process (`bool`, *optional*, defaults to `True`): In distributed training, whether this process
+                writes.
+            push_to_hub (`bool`, *optional*, defaults to `False`): Also upload, to `repo_id` or a repository of the
+                folder's name.
+            max_shard_size (`int` or `str`, *optional*, defaults to `"50GB"`): Largest weights file.
+            **kwargs: Other arguments of `PreTrainedModel.save_pretrained`; `repo_id`, `commit_message`, `private`,
+                `token` and `create_pr` of `push_to_hub`.
+        """
+        hub_names = ("commit_message", "private", "token", "create_pr")
+        hub_kwargs = {name: kwargs.pop(name) for name in hub_names if name in kwargs}
+        repo_id = kwargs.pop("repo_id", Path(save_directory).name)
+        # MMAR has one format; converting "back" would only reorder the weights of a model that was loaded.
+        kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(
+            save_directory, is_main_process=is_main_process, max_shard_size=max_shard_size, **kwargs
+        )
+        if is_main_process:
+            export_remote_code(save_directory)
+            if push_to_hub:
+                self.push_to_hub(repo_id, max_shard_size=max_shard_size, **hub_kwargs)
 
     def freeze(self, train_backbone: bool = False) -> None:
         r"""
@@ -356,8 +425,8 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         size = self.config.image_size
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):
             raise ValueError(
-                f"`pixel_values` must have the shape (num_images, 3, {size}, {size}); got {tuple(pixel_values.shape)}. "
-                "`MMARImageProcessor` resizes pictures."
+                f"`pixel_values` must have the shape (num_images, 3, {size}, {size}); got "
+                f"{tuple(pixel_values.shape)}. `MMARImageProcessor` resizes pictures."
             )
         with torch.autocast(pixel_values.device.type, enabled=False):
             posterior = self.vae.encode(pixel_values.to(self.vae.dtype)).latent_dist
@@ -378,10 +447,27 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
             return self.vae.decode((latents.float() / scale + shift).to(self.vae.dtype)).sample.float()
 
+    def _check_latents(self, latents: Tensor | None, latent_mask: Tensor | None) -> None:
+        shape = (self.config.latent_channels, self.config.latent_size, self.config.latent_size)
+        if latents is not None and latents.shape[1:] != shape:
+            raise ValueError(
+                f"`latents` must have the shape {('num_images', *shape)}, as `encode_images` makes them; got "
+                f"{tuple(latents.shape)}."
+            )
+        if latents is not None and latent_mask is not None:
+            expected = (len(latents), self.config.num_latents)
+            if latent_mask.shape != expected or latent_mask.dtype != torch.bool:
+                raise ValueError(
+                    f"`latent_mask` must be a bool tensor of shape {expected}, True where a latent is hidden; got "
+                    f"{latent_mask.dtype} of shape {tuple(latent_mask.shape)}."
+                )
+
     def _latent_shift_and_scale(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         config = self.vae.config
         if config.latents_std is not None:
-            shift, std = (latents.new_tensor(v, dtype=torch.float32) for v in (config.latents_mean, config.latents_std))
+            shift, std = (
+                latents.new_tensor(v, dtype=torch.float32) for v in (config.latents_mean, config.latents_std)
+            )
             return shift[:, None, None], 1 / std[:, None, None]
         shift = config.shift_factor or 0.0
         return tuple(torch.tensor(v, device=latents.device) for v in (shift, float(config.scaling_factor)))
@@ -411,11 +497,11 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         Args:
             input_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): Tokens, `num_latents` marks per picture.
             attention_mask (`torch.Tensor` of shape `(B, past + L)`, *optional*): 0 at padding.
-            position_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): RoPE positions, one shared by each picture.
+            position_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): RoPE positions, one for each picture.
             past_key_values (`Cache`, *optional*): Keys and values of earlier tokens.
             inputs_embeds (`torch.FloatTensor` of shape `(B, L, D)`, *optional*): In place of `input_ids`.
-            pixel_values (`torch.FloatTensor` of shape `(I, 3, H, W)`, *optional*): All pictures of the batch in reading
-                order, in [-1, 1].
+            pixel_values (`torch.FloatTensor` of shape `(I, 3, H, W)`, *optional*): All pictures of the batch in
+                reading order, in [-1, 1].
             latents (`torch.FloatTensor` of shape `(I, C, h, w)`, *optional*): Scaled latents in place of pictures.
             latent_mask (`torch.BoolTensor` of shape `(I, N)`, *optional*): True where a latent is hidden and its
                 diffusion loss is taken. Without it every picture is fully known.
@@ -434,7 +520,8 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             `MMARCausalLMOutputWithPast`
 
         Raises:
-            ValueError: If both pictures and latents are given, or image tokens and pictures do not match in number.
+            ValueError: If both pictures and latents are given, their shapes are wrong, or image tokens and pictures do
+                not match in number.
         """
         if pixel_values is not None and latents is not None:
             raise ValueError("expected at most one of `pixel_values` and `latents`; pass one of them.")
@@ -442,6 +529,7 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         # 1. Encode latents: the posterior is sampled in training, its mode is read at inference.
         if pixel_values is not None:
             latents = self.encode_images(pixel_values, sample_posterior=self.training, generator=generator)
+        self._check_latents(latents, latent_mask)
         # (I, C, h, w) -> (I, N, C)
         latent_tokens = None if latents is None else latents.flatten(2).transpose(1, 2)
 
@@ -515,9 +603,20 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             ValueError: For another `generation_mode`.
         """
         if generation_mode == "image":
+            # transformers' "any-to-any" passes lengths and token ids for text even here.
+            for_text = vars(GenerationConfig()).keys() - inspect.signature(self.generate_images).parameters
+            kwargs = {name: value for name, value in kwargs.items() if name not in for_text}
+            null_prompt_ids = self.config.null_prompt_ids
+            if null_prompt_ids is not None and kwargs.get("negative_input_ids") is None:
+                input_ids = args[0] if args else kwargs["input_ids"]
+                kwargs["negative_input_ids"] = input_ids.new_tensor(null_prompt_ids).repeat(len(input_ids), 1)
             return self.generate_images(*args, **kwargs)
         if generation_mode not in (None, "text"):
             raise ValueError(f"`generation_mode` must be 'text' or 'image'; got {generation_mode!r}.")
+        # The image token stands for a picture and is never written.
+        settings = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self.generation_config
+        suppressed = kwargs.get("suppress_tokens") or settings.suppress_tokens or []
+        kwargs["suppress_tokens"] = sorted({*suppressed, self.config.image_token_id})
         return super().generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(
@@ -564,8 +663,8 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         attention_mask = model_kwargs.get("attention_mask")
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             # Only the new tokens were given beside a cache: count on from it.
-            cache = model_kwargs["past_key_values"]
-            start = getattr(cache, "mmar_next_position", cache.get_seq_length())
+            cached = cached_position_ids(model_kwargs["past_key_values"], len(input_ids)).to(input_ids.device)
+            start = cached[:, -1:] + 1 if cached.shape[1] else 0
             new_mask = attention_mask[:, -input_ids.shape[1] :]
             is_image = input_ids == self.config.image_token_id
             return shared_position_ids(is_image, self.config.num_latents, new_mask) + start
@@ -586,9 +685,30 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         counts = (ids == self.config.image_token_id).sum(-1).div(self.config.num_latents, rounding_mode="floor")
         for name, value in pictures.items():
             if value is not None:
+                if len(value) != int(counts.sum()):
+                    raise ValueError(
+                        f"expected one picture in `{name}` for each {self.config.num_latents} image tokens of the "
+                        f"text, {int(counts.sum())}; got {len(value)}. `MMARProcessor` expands the image marks."
+                    )
                 groups = [group.repeat(expand_size, *[1] * (value.ndim - 1)) for group in value.split(counts.tolist())]
                 model_kwargs[name] = torch.cat(groups)
         return input_ids, model_kwargs
+
+
+def _check_weights_files(folder: Path) -> None:
+    """Raises a `ValueError` if a local folder with a config lacks weights files; others are none of its business."""
+    if not (folder / "config.json").is_file():
+        return
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file() and not (folder / SAFE_WEIGHTS_NAME).is_file():
+        expected = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        expected = [SAFE_WEIGHTS_NAME]
+    if missing := [name for name in expected if not (folder / name).is_file()]:
+        raise ValueError(
+            f"expected the weights files {', '.join(expected)} in {str(folder)!r}; {', '.join(missing)} missing. Copy "
+            "the folder whole, or save the model again."
+        )
 
 
 __all__ = [

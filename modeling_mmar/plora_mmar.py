@@ -1,7 +1,7 @@
 """
 Partial LoRA on Qwen2 (Sec. 3.3.2): every linear of every layer gets a low-rank branch for image tokens only.
 
-The mask of image tokens is an argument, not state: Qwen2's attention, MLP, layer and model are subclassed to hand it on.
+The image token mask is an argument, not state: Qwen2's attention, MLP, layer and model are subclassed to pass it on.
 """
 
 import math
@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
@@ -67,8 +68,9 @@ class PLoRALinear(nn.Linear):
         output = super().forward(hidden_states)
         if image_token_mask is None:
             return output
-        branch = F.linear(F.linear(hidden_states, self.image_A), self.image_B)
-        return output + branch * (self.image_scaling * image_token_mask[..., None].to(branch.dtype))
+        # Masked where it is narrow: r channels instead of out_features.
+        scale = (self.image_scaling * image_token_mask[..., None]).to(hidden_states.dtype)
+        return output + F.linear(F.linear(hidden_states, self.image_A) * scale, self.image_B)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.image_A.shape[0]}"
@@ -136,21 +138,20 @@ class MMARQwen2DecoderLayer(Qwen2DecoderLayer):
         self.mlp = MMARQwen2MLP(config, rank, alpha)
 
     def forward(self, hidden_states: Tensor, image_token_mask: Tensor | None = None, **kwargs) -> Tensor:
-        attention, _ = self.self_attn(
-            self.input_layernorm(hidden_states), image_token_mask=image_token_mask, **kwargs
-        )
+        attention, _ = self.self_attn(self.input_layernorm(hidden_states), image_token_mask=image_token_mask, **kwargs)
         hidden_states = hidden_states + attention
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), image_token_mask)
 
 
 class MMARQwen2Model(Qwen2Model):
     """
-    Qwen2 whose layers carry PLoRA. `forward` takes Qwen2's arguments and `image_token_mask`, a bool tensor `(B, L)` that
-    is True at image tokens; without it the result is Qwen2's, bit for bit.
+    Qwen2 whose layers carry PLoRA. `forward` takes Qwen2's arguments and `image_token_mask`, a bool tensor `(B, L)`
+    that is True at image tokens; without it the result is Qwen2's, bit for bit.
     """
 
     _no_split_modules = ["MMARQwen2DecoderLayer"]
     _supports_flash_attn = False
+    _supports_flex_attn = False
     _can_record_outputs = {"hidden_states": MMARQwen2DecoderLayer, "attentions": MMARQwen2Attention}
 
     def __init__(self, config: Qwen2Config, rank: int, alpha: float):
@@ -159,6 +160,14 @@ class MMARQwen2Model(Qwen2Model):
             MMARQwen2DecoderLayer(config, layer_idx, rank, alpha) for layer_idx in range(config.num_hidden_layers)
         )
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # Here and not in MMAR's outer model: each pretrained model initializes its own part.
+        super()._init_weights(module)
+        if isinstance(module, PLoRALinear):
+            init.kaiming_uniform_(module.image_A, a=math.sqrt(5))
+            init.zeros_(module.image_B)
 
 
 def _with_plora(linear: nn.Linear, rank: int, alpha: float) -> PLoRALinear:
