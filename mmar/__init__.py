@@ -30,16 +30,52 @@ _EXPORTS = {
 __all__ = sorted(_EXPORTS)
 
 if TYPE_CHECKING:
-    from .modeling_mmar.configuration_mmar import MMARConfig, MMARDiffusionConfig, MMARViTConfig
-    from .modeling_mmar.modeling_mmar import MMARForConditionalGeneration, MMARModel
-    from .pipelines.pipeline_mmar import MMARPipeline, MMARPipelineOutput
-    from .pipelines.text_to_image_mmar import MMARTextToImagePipeline
-    from .processors.image_processing_mmar import MMARImageProcessor
-    from .processors.processing_mmar import MMARProcessor
-    from .training.trainer import MMARTrainer, MMARTrainingArguments
+    from .modeling_mmar.configuration_mmar import MMARConfig, MMARDiffusionConfig, MMARViTConfig  # noqa: F401
+    from .modeling_mmar.modeling_mmar import MMARForConditionalGeneration, MMARModel  # noqa: F401
+    from .pipelines.pipeline_mmar import MMARPipeline, MMARPipelineOutput  # noqa: F401
+    from .pipelines.text_to_image_mmar import MMARTextToImagePipeline  # noqa: F401
+    from .processors.image_processing_mmar import MMARImageProcessor  # noqa: F401
+    from .processors.processing_mmar import MMARProcessor  # noqa: F401
+    from .training.trainer import MMARTrainer, MMARTrainingArguments  # noqa: F401
 
 
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module 'mmar' has no attribute {name!r}")
     return getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
+
+
+def _register() -> None:
+    """
+    Makes MMAR known to transformers' auto classes and pipelines, so that they need no code from a repository.
+
+    They take classes, not names; so this imports the model. Whoever imports `mmar` is about to.
+    """
+    from transformers import (
+        AutoConfig,
+        AutoImageProcessor,
+        AutoModel,
+        AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
+        AutoProcessor,
+    )
+    from transformers.pipelines import PIPELINE_REGISTRY
+
+    from .modeling_mmar.configuration_mmar import CUSTOM_PIPELINES, MMARConfig
+    from .modeling_mmar.modeling_mmar import MMARForConditionalGeneration
+    from .pipelines.text_to_image_mmar import MMARTextToImagePipeline
+    from .processors.image_processing_mmar import MMARImageProcessor
+    from .processors.processing_mmar import MMARProcessor
+
+    AutoConfig.register(MMARConfig.model_type, MMARConfig)
+    for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        auto_class.register(MMARConfig, MMARForConditionalGeneration)
+    AutoImageProcessor.register(MMARConfig, slow_image_processor_class=MMARImageProcessor)
+    AutoProcessor.register(MMARConfig, MMARProcessor)
+    for task, entry in CUSTOM_PIPELINES.items():
+        PIPELINE_REGISTRY.register_pipeline(
+            task, pipeline_class=MMARTextToImagePipeline, pt_model=AutoModel, type=entry["type"]
+        )
+
+
+_register()

@@ -1,0 +1,1 @@
+"""MMAR as pipelines: `MMARPipeline` for diffusers, `MMARTextToImagePipeline` for transformers."""
