@@ -3,10 +3,11 @@
 from typing import Any
 
 import torch
-from mmar.modeling_mmar.configuration_mmar import MMARConfig
-from mmar.modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from torch import Tensor, nn
 from transformers import Qwen2ForCausalLM
+
+from mmar.modeling_mmar.configuration_mmar import MMARConfig
+from mmar.modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 
 
 IMAGE = 127  # the image token's id; text ids are drawn below 100
@@ -54,24 +55,25 @@ def tiny_config(**overrides: Any) -> MMARConfig:
     return MMARConfig(**parts)
 
 
-def tiny_model(seed: int = 0, **overrides: Any) -> MMARForConditionalGeneration:
+def tiny_model(seed: int = 0, attn_implementation: str = "sdpa", **overrides: Any) -> MMARForConditionalGeneration:
     """A model in eval mode whose zero-initialized weights and Qwen2 biases are random too."""
     torch.manual_seed(seed)
-    model = MMARForConditionalGeneration(tiny_config(**overrides)).eval()
+    config = tiny_config(**overrides)
+    model = MMARForConditionalGeneration._from_config(config, attn_implementation=attn_implementation).eval()
     for name, parameter in model.named_parameters():
         if any(part in name for part in ("image_B", "modulation", "output_projection")):
             nn.init.normal_(parameter, std=0.1)
         elif "self_attn" in name and name.endswith("bias"):
             nn.init.normal_(parameter, std=0.1)
-        elif "language_model" in name and parameter.ndim == 2 and "image_" not in name:
+        elif name.startswith(("model.language_model.", "lm_head.")) and parameter.ndim == 2 and "image_" not in name:
             # Wider than 0.02, so that attention is not uniform and a wrong mask or position shows.
             nn.init.normal_(parameter, std=0.15)
     return model
 
 
 def qwen2_of(model: MMARForConditionalGeneration) -> Qwen2ForCausalLM:
-    """transformers' own Qwen2 with the weights of the model's backbone."""
-    qwen2 = Qwen2ForCausalLM(model.config.text_config).eval()
+    """transformers' own Qwen2 with the weights and dtype of the model's backbone, as `from_pretrained` makes it."""
+    qwen2 = Qwen2ForCausalLM._from_config(model.config.text_config, dtype=model.dtype).eval()
     state = {
         name.replace("model.language_model.", "model."): value
         for name, value in model.state_dict().items()

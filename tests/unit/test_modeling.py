@@ -1,0 +1,515 @@
+"""Initialization, freezing, dtypes, the latent scale, losses and their gradients, and what wrong input gets."""
+
+import json
+
+import pytest
+import torch
+from helpers import (
+    image_marks,
+    qwen2_of,
+    random_latents,
+    random_mask,
+    random_text,
+    seeded,
+    tiny_config,
+    tiny_model,
+)
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from mmar.modeling_mmar.diffusion_mmar import cosine_alphas_cumprod
+from mmar.modeling_mmar.modeling_mmar import MMARForConditionalGeneration
+
+
+@pytest.fixture
+def model():
+    return tiny_model()
+
+
+@pytest.fixture
+def batch(model):
+    """Row 0: one picture; row 1: none; row 2: two. Labels on the last four tokens of each row."""
+    text, marks = random_text(3, 44), image_marks(model, 1)[0]
+    rows = [
+        torch.cat([text[0, :20], marks, text[0, 20:28]]),
+        text[1],
+        torch.cat([text[2, :3], marks, text[2, 3:5], marks, text[2, 5:12]]),
+    ]
+    input_ids = torch.stack(rows)
+    labels = torch.full_like(input_ids, -100)
+    labels[:, -4:] = input_ids[:, -4:]
+    return {"input_ids": input_ids, "labels": labels, "latents": random_latents(model, 3)}
+
+
+# ------------------------------------------------------------------------------------------------- initialization
+
+
+def check_initialization(model, names=None):
+    """MAR's initialization of the head, zeros of PLoRA and AdaLN, 0.02 of what is learned from nothing."""
+    for name, parameter in model.named_parameters():
+        if names is not None and name not in names:
+            continue
+        if name.endswith("image_B"):
+            assert not parameter.any(), name
+        elif name.endswith("image_A"):
+            # Kaiming uniform with a = sqrt(5): within 1 / sqrt(fan in).
+            bound = parameter.shape[1] ** -0.5
+            assert 0.9 * bound < parameter.abs().max() <= bound, name
+        elif "modulation" in name or name.startswith("diffusion_mlp.output_projection"):
+            assert not parameter.any(), name
+        elif name.endswith(("mask_token", "position_embedding")):
+            # 48 values and more: the std of so few is known to 10 percent, four times this is allowed.
+            assert 0.012 < parameter.std() < 0.028 and abs(parameter.mean()) < 0.012, name
+        elif name.startswith("diffusion_mlp.timestep_embedding") and name.endswith("weight"):
+            assert 0.018 < parameter.std() < 0.022, name
+        elif name.startswith("diffusion_mlp.") and name.endswith("weight") and parameter.ndim == 2:
+            bound = (6 / sum(parameter.shape)) ** 0.5
+            assert 0.9 * bound < parameter.abs().max() <= bound, name
+        elif name.startswith("diffusion_mlp.") and "norm" not in name:
+            assert name.endswith("bias") and not parameter.any(), name
+
+
+def test_initialization():
+    torch.manual_seed(0)
+    check_initialization(MMARForConditionalGeneration(tiny_config()))
+
+
+@pytest.mark.parametrize(
+    "missing", ["image_", "modulation", "mask_token", "position_embedding", "diffusion_mlp", "output_"]
+)
+def test_initialization_of_missing_keys(model, tmp_path, missing):
+    """A checkpoint without some weights, such as a bare Qwen2: what is missing is initialized, the rest kept."""
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    names = {name for name in state if missing in name}
+    assert names
+    save_file({k: v for k, v in state.items() if k not in names}, tmp_path / "model.safetensors", {"format": "pt"})
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=f"expected all weights of the model.*; {len(names)} are missing"):
+        MMARForConditionalGeneration.from_pretrained(tmp_path)
+    # MMAR's own door is closed to such a folder; a subclass, or a conversion, may still go through transformers'.
+    load = super(MMARForConditionalGeneration, MMARForConditionalGeneration).from_pretrained
+    loaded, info = load(tmp_path, output_loading_info=True)
+    assert set(info["missing_keys"]) == names and not info["unexpected_keys"]
+    check_initialization(loaded, names)
+    for name, value in loaded.state_dict().items():
+        if name in state and name not in names:
+            assert torch.equal(value, state[name]), name
+
+
+def test_manual_seed_decides_the_weights():
+    first, second, other = (tiny_model(seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["model.latent_encoder.mask_token"], other["model.latent_encoder.mask_token"])
+
+
+# ------------------------------------------------------------------------------------------------------- freezing
+
+
+def is_backbone(name):
+    return name.startswith(("model.language_model.", "lm_head.")) and not name.endswith(("image_A", "image_B"))
+
+
+def test_freeze(model):
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (not name.startswith("vae.") and not is_backbone(name)), name
+    model.freeze(train_backbone=True)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (not name.startswith("vae.")), name
+    model.freeze()
+    assert not model.lm_head.weight.requires_grad
+
+
+@pytest.mark.parametrize("with_info", [False, True])
+def test_freeze_survives_from_pretrained(model, tmp_path, with_info):
+    model.save_pretrained(tmp_path)
+    loaded = MMARForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=with_info)
+    loaded = loaded[0] if with_info else loaded
+    expected = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert {name: parameter.requires_grad for name, parameter in loaded.named_parameters()} == expected
+    assert not loaded.training
+
+
+# --------------------------------------------------------------------------------------------------------- dtypes
+
+
+def test_vae_stays_float32_and_in_eval(model):
+    assert model.dtype == torch.float32
+    for cast, dtype in ((lambda: model.to(torch.bfloat16), torch.bfloat16), (lambda: model.half(), torch.float16)):
+        cast()
+        assert model.dtype == dtype and model.model.language_model.layers[0].mlp.up_proj.image_A.dtype == dtype
+        assert model.vae.dtype == torch.float32
+        assert all(parameter.dtype == torch.float32 for parameter in model.vae.parameters())
+    model.train()
+    assert model.training and model.model.training and not model.vae.training
+    assert not any(module.training for module in model.vae.modules())
+
+
+def test_casting_does_not_change_the_vae(model):
+    before = {name: value.clone() for name, value in model.vae.state_dict().items()}
+    model.to(torch.bfloat16).float()
+    assert all(torch.equal(before[name], value) for name, value in model.vae.state_dict().items())
+
+
+def test_bfloat16_loading(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = MMARForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert loaded.dtype == torch.bfloat16 and loaded.vae.dtype == torch.float32
+    for name, value in loaded.state_dict().items():
+        expected = model.state_dict()[name]
+        assert torch.equal(value, expected if name.startswith("vae.") else expected.to(torch.bfloat16)), name
+    pixel_values = torch.rand(2, 3, 8, 8) * 2 - 1
+    latents = loaded.encode_images(pixel_values)
+    assert latents.dtype == torch.float32 and torch.equal(latents, model.encode_images(pixel_values))
+    ids = torch.cat([random_text(2, 5), image_marks(model, 2), random_text(2, 5)], 1)
+    logits = loaded(ids, pixel_values=pixel_values).logits
+    assert logits.dtype == torch.bfloat16
+    # bfloat16 keeps 8 bits: 0.4 percent per rounding, some tens of roundings on logits near 1 to 5.
+    torch.testing.assert_close(logits.float(), model(ids, pixel_values=pixel_values).logits, atol=0.25, rtol=0)
+
+
+def test_bfloat16_trains(model, batch):
+    model.to(torch.bfloat16).train()
+    output = model(**batch, latent_mask=random_mask(model, 3), generator=seeded(0))
+    assert output.loss.dtype == torch.float32 and torch.isfinite(output.loss)
+    output.loss.backward()
+    assert all(p.grad.dtype == torch.bfloat16 for p in model.parameters() if p.grad is not None)
+
+
+# ------------------------------------------------------------------------------------------------------ the scale
+
+
+def test_latent_scale(model):
+    pixel_values = torch.rand(2, 3, 8, 8) * 2 - 1
+    with torch.no_grad():
+        posterior = model.vae.encode(pixel_values).latent_dist
+    expected = (posterior.mean - 0.25) * 1.5
+    latents = model.encode_images(pixel_values)
+    assert torch.equal(latents, expected)
+    decoded = model.decode_latents(latents)
+    # The scale goes and comes back with a rounding each way.
+    torch.testing.assert_close(decoded, model.vae.decode(posterior.mean).sample, atol=1e-5, rtol=0)
+
+
+def test_latent_scale_per_channel():
+    mean, std = [0.1, -0.2, 0.3, 0.0], [0.5, 1.0, 2.0, 4.0]
+    model = tiny_model(vae_config={"latents_mean": mean, "latents_std": std})
+    pixel_values = torch.rand(1, 3, 8, 8) * 2 - 1
+    with torch.no_grad():
+        posterior = model.vae.encode(pixel_values).latent_dist.mean
+    latents = model.encode_images(pixel_values)
+    for channel in range(4):
+        expected = (posterior[:, channel] - mean[channel]) / std[channel]
+        torch.testing.assert_close(latents[:, channel], expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(model.decode_latents(latents), model.vae.decode(posterior).sample, atol=1e-5, rtol=0)
+
+
+def test_posterior_is_sampled_in_training_and_its_mode_read_at_inference(model):
+    pixel_values = torch.rand(1, 3, 8, 8) * 2 - 1
+    mode = model.encode_images(pixel_values)
+    assert torch.equal(mode, model.encode_images(pixel_values))
+    sample = model.encode_images(pixel_values, sample_posterior=True, generator=seeded(1))
+    with torch.no_grad():
+        posterior = model.vae.encode(pixel_values).latent_dist
+    expected = (posterior.mean + posterior.std * torch.randn(mode.shape, generator=seeded(1)) - 0.25) * 1.5
+    torch.testing.assert_close(sample, expected, atol=1e-5, rtol=1e-5)
+    ids = torch.cat([random_text(1, 4), image_marks(model, 1)], 1)
+    with torch.no_grad():
+        assert torch.equal(
+            model(ids, pixel_values=pixel_values).image_hidden_states,
+            model(ids, latents=mode).image_hidden_states,
+        )
+        model.train()
+        trained = model(ids, pixel_values=pixel_values, generator=seeded(1)).image_hidden_states
+        torch.testing.assert_close(trained, model(ids, latents=sample).image_hidden_states, atol=1e-5, rtol=0)
+
+
+# --------------------------------------------------------------------------------------------------------- losses
+
+
+def test_text_loss_is_cross_entropy_of_shifted_labels(model, batch):
+    output = model(**batch)
+    shifted = F.cross_entropy(output.logits[:, :-1].reshape(-1, 128), batch["labels"][:, 1:].reshape(-1))
+    # The same twelve terms, the logits from another matrix product.
+    torch.testing.assert_close(output.text_loss, shifted, rtol=1e-5, atol=0)
+    assert torch.equal(output.loss, output.text_loss) and output.image_loss is None
+    model.train()
+    trained = model(**batch)
+    assert trained.logits is None
+    torch.testing.assert_close(trained.text_loss, shifted, rtol=1e-5, atol=0)
+
+
+def test_image_loss_by_hand(model, batch):
+    mask = random_mask(model, 3)
+    mask[1] = False
+    del batch["labels"]
+    output = model(**batch, latent_mask=mask, generator=seeded(4))
+    z = output.image_hidden_states
+    generator, alphas = seeded(4), cosine_alphas_cumprod(1000)
+    tokens = batch["latents"].flatten(2).transpose(1, 2)
+    hidden = mask.nonzero().tolist() * 2
+    timesteps = torch.randint(0, 1000, (len(hidden),), generator=generator)
+    noise = torch.randn(len(hidden), 4, generator=generator)
+    total = 0.0
+    for row, (picture, place) in enumerate(hidden):
+        cos, sin = alphas[timesteps[row]].sqrt(), (1 - alphas[timesteps[row]]).sqrt()
+        x = tokens[picture, place]
+        v = model.diffusion_mlp((cos * x + sin * noise[row])[None], timesteps[row][None], z[picture, place][None])
+        total += (v[0] - (cos * noise[row] - sin * x)).square().mean()
+    # A mean of some hundred squares near 1 in another order.
+    torch.testing.assert_close(output.image_loss, total / len(hidden), rtol=1e-5, atol=0)
+    assert torch.equal(output.loss, output.image_loss) and output.text_loss is None
+    assert torch.equal(model(**batch, latent_mask=mask, generator=seeded(4)).loss, output.loss)
+
+
+def test_epsilon_model_has_another_loss_of_the_same_draw(batch):
+    mask = random_mask(tiny_model(), 3)
+    losses = [
+        tiny_model(diffusion_config={"prediction_type": kind})(
+            **batch, latent_mask=mask, generator=seeded(4)
+        ).image_loss.item()
+        for kind in ("v_prediction", "epsilon")
+    ]
+    assert losses[0] != losses[1]
+
+
+def test_total_loss_is_the_sum(model, batch):
+    output = model(**batch, latent_mask=random_mask(model, 3), generator=seeded(4))
+    assert torch.equal(output.loss, output.text_loss + output.image_loss)
+    text_only = model(**batch)
+    known = model(**batch, latent_mask=torch.zeros(3, 16, dtype=torch.bool))
+    # Nothing hidden: no image loss, and the text's is that of understanding.
+    assert known.image_loss is None
+    torch.testing.assert_close(known.loss, text_only.loss, rtol=1e-5, atol=0)
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    assert model(**batch).loss is None
+
+
+def test_z_stands_at_its_pictures(model, batch):
+    del batch["labels"]
+    with torch.no_grad():
+        z = model(**batch).image_hidden_states
+        hidden = model.model(
+            batch["input_ids"], latent_tokens=batch["latents"].flatten(2).transpose(1, 2)
+        ).last_hidden_state
+    assert torch.equal(z, torch.stack([hidden[0, 20:36], hidden[2, 3:19], hidden[2, 21:37]]))
+
+
+def test_loss_is_a_mean_over_rows_and_pictures(model, batch):
+    """The batch of three rows against its rows one by one."""
+    with torch.no_grad():
+        together = model(**batch).text_loss
+        pictures = [batch["latents"][:1], None, batch["latents"][1:]]
+        alone = [
+            model(batch["input_ids"][row : row + 1], labels=batch["labels"][row : row + 1], latents=pictures[row]).loss
+            for row in range(3)
+        ]
+    torch.testing.assert_close(together, torch.stack(alone).mean(), rtol=1e-5, atol=0)
+
+
+def test_output_as_tuple(model, batch):
+    output = model(**batch)
+    as_tuple = model(**batch, return_dict=False)
+    assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], output.loss)
+
+
+def test_logits_to_keep(model, batch):
+    del batch["labels"]
+    with torch.no_grad():
+        full = model(**batch).logits
+        for kept, expected in ((1, full[:, -1:]), (3, full[:, -3:]), (torch.tensor([0, 5]), full[:, [0, 5]])):
+            # Another shape of the same matrix product.
+            torch.testing.assert_close(model(**batch, logits_to_keep=kept).logits, expected, atol=1e-5, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------------------ gradients
+
+
+@pytest.mark.parametrize("train_backbone", [False, True])
+def test_gradients_reach_exactly_the_trainable_parameters(model, batch, train_backbone):
+    model.freeze(train_backbone=train_backbone)
+    model.train()
+    model(**batch, latent_mask=random_mask(model, 3), generator=seeded(0)).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        if parameter.requires_grad and not name.endswith(("k_proj.bias", "qkv.bias")):
+            # A key's bias adds the same to every score of a query; the softmax does not see it.
+            assert parameter.grad.any(), name
+    assert not any(parameter.requires_grad for parameter in model.vae.parameters())
+
+
+def test_no_gradient_for_a_text_prefix(model):
+    """Text before a picture passes nothing that is trained: only its positions are labelled here."""
+    ids = torch.cat([random_text(2, 6), image_marks(model, 2)], 1)
+    labels = torch.full_like(ids, -100)
+    labels[:, :6] = ids[:, :6]
+    model.train()
+    model(ids, latents=random_latents(model, 2), labels=labels).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None or not parameter.grad.any(), name
+
+
+def test_every_trainable_parameter_gets_a_gradient_in_any_batch_with_pictures(model, batch):
+    """Also with everything hidden, where EmbeddingViT has nothing to read: ranks must not diverge."""
+    model.train()
+    model(**batch, latent_mask=torch.ones(3, 16, dtype=torch.bool), generator=seeded(0)).loss.backward()
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing
+
+
+@pytest.mark.parametrize("train_backbone", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(model, batch, train_backbone):
+    model.freeze(train_backbone=train_backbone)
+    model.train()
+    arguments = {**batch, "latent_mask": random_mask(model, 3)}
+    gradients = []
+    calls = {"llm": 0, "vit": 0}
+    model.model.language_model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.update(llm=calls["llm"] + 1))
+    model.model.latent_encoder.embedding_vit.layers[0].mlp.register_forward_pre_hook(
+        lambda *_: calls.update(vit=calls["vit"] + 1)
+    )
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(**arguments, generator=seeded(0)).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    # Once without, and twice with: both stacks are computed again in the backward pass.
+    assert calls == {"llm": 3, "vit": 3}
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        # The same operations on the same values.
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
+def test_training_step_is_deterministic(batch):
+    losses = []
+    for _ in range(2):
+        model = tiny_model().train()
+        torch.manual_seed(3)
+        loss = model(**batch, latent_mask=random_mask(model, 3)).loss
+        loss.backward()
+        losses.append((loss.detach(), model.diffusion_mlp.output_projection.weight.grad))
+    assert torch.equal(losses[0][0], losses[1][0]) and torch.equal(losses[0][1], losses[1][1])
+
+
+# ----------------------------------------------------------------------------------------------- save and load
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_save_and_load(tmp_path, tied):
+    model = tiny_model(text_config={"tie_word_embeddings": tied})
+    model.save_pretrained(tmp_path)
+    keys = load_file(tmp_path / "model.safetensors").keys()
+    assert ("lm_head.weight" in keys) == (not tied)
+    loaded = MMARForConditionalGeneration.from_pretrained(tmp_path)
+    assert (loaded.lm_head.weight is loaded.model.language_model.embed_tokens.weight) == tied
+    ids = torch.cat([random_text(2, 5), image_marks(model, 2), random_text(2, 5)], 1)
+    pixel_values = torch.rand(2, 3, 8, 8) * 2 - 1
+    with torch.no_grad():
+        assert torch.equal(loaded(ids, pixel_values=pixel_values).logits, model(ids, pixel_values=pixel_values).logits)
+    assert json.loads((tmp_path / "config.json").read_text())["vae_config"]["scaling_factor"] == 1.5
+
+
+def test_attention_implementations_agree(batch):
+    with torch.no_grad():
+        outputs = [
+            tiny_model(attn_implementation=name)(
+                **batch, latent_mask=random_mask(tiny_model(), 3), generator=seeded(0)
+            )
+            for name in ("sdpa", "eager")
+        ]
+    # Float32 in another order.
+    torch.testing.assert_close(outputs[0].logits, outputs[1].logits, atol=5e-5, rtol=0)
+    torch.testing.assert_close(outputs[0].loss, outputs[1].loss, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention"])
+def test_attention_without_the_block_mask_is_refused(name):
+    with pytest.raises((ValueError, ImportError)):
+        tiny_model(attn_implementation=name)
+
+
+def test_embeddings_in_place_of_ids(model, batch):
+    labels = batch.pop("labels")
+    ids, mask = batch["input_ids"], batch["input_ids"] == 127
+    embeds = model.get_input_embeddings()(ids.masked_fill(mask, 5))
+    with torch.no_grad():
+        expected = model(**batch, labels=labels)
+        output = model(inputs_embeds=embeds, image_token_mask=mask, latents=batch["latents"], labels=labels)
+    assert torch.equal(output.logits, expected.logits) and torch.equal(output.loss, expected.loss)
+
+
+def test_the_image_tokens_own_embedding_is_never_read(model, batch):
+    with torch.no_grad():
+        expected = model.model(
+            batch["input_ids"], latent_tokens=batch["latents"].flatten(2).transpose(1, 2)
+        ).last_hidden_state
+        model.get_input_embeddings().weight[127] = float("nan")
+        output = model.model(
+            batch["input_ids"], latent_tokens=batch["latents"].flatten(2).transpose(1, 2)
+        ).last_hidden_state
+    assert torch.equal(output, expected)
+
+
+def test_text_in_a_batch_with_pictures_equals_qwen2(model, batch):
+    with torch.no_grad():
+        logits = model(batch["input_ids"], latents=batch["latents"]).logits
+        expected = qwen2_of(model)(batch["input_ids"][1:2]).logits
+    # The mask picks another attention kernel and the batch another matrix shape.
+    torch.testing.assert_close(logits[1:2], expected, atol=5e-5, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------- errors
+
+
+def test_wrong_number_of_pictures(model, batch):
+    ids = batch["input_ids"]
+    for latents, message in (
+        (None, "each of the 0 pictures given; got 48 image tokens"),
+        (random_latents(model, 2), "each of the 2 pictures given; got 48 image tokens"),
+        (random_latents(model, 4), "each of the 4 pictures given; got 48 image tokens"),
+    ):
+        with pytest.raises(ValueError, match=f"expected 16 image tokens.*{message}"):
+            model(ids, latents=latents)
+    with pytest.raises(ValueError, match="got 0 image tokens"):
+        model(random_text(1, 5), latents=random_latents(model, 1))
+    with pytest.raises(ValueError, match="each of the 1 pictures given; got 15 image tokens"):
+        model(ids[:1, :35], latents=random_latents(model, 1))
+
+
+def test_pictures_that_do_not_fit_their_rows(model):
+    """The total is right, but a row holds half a picture."""
+    marks = image_marks(model, 1)
+    ids = torch.stack([torch.cat([marks[0, :8], random_text(1, 16)[0]]), torch.cat([marks[0], marks[0, :8]])])
+    with pytest.raises(ValueError, match="in each row"):
+        model(ids, latents=random_latents(model, 2))
+
+
+def test_both_pictures_and_latents(model, batch):
+    with pytest.raises(ValueError, match="at most one of `pixel_values` and `latents`"):
+        model(batch["input_ids"], pixel_values=torch.zeros(3, 3, 8, 8), latents=batch["latents"])
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 16, 16), (1, 1, 8, 8), (3, 8, 8)])
+def test_wrong_picture_size(model, shape):
+    ids = torch.cat([random_text(1, 4), image_marks(model, 1)], 1)
+    with pytest.raises(ValueError, match=r"`pixel_values` must have the shape \(num_images, 3, 8, 8\); got"):
+        model(ids, pixel_values=torch.zeros(shape))
+
+
+def test_wrong_latents_and_masks(model):
+    ids = torch.cat([random_text(1, 4), image_marks(model, 1)], 1)
+    for shape in ((1, 4, 8, 8), (1, 3, 4, 4), (1, 16, 4)):
+        with pytest.raises(ValueError, match=r"`latents` must have the shape \('num_images', 4, 4, 4\)"):
+            model(ids, latents=torch.zeros(shape))
+    for mask in (torch.ones(2, 16, dtype=torch.bool), torch.ones(1, 4, 4, dtype=torch.bool), torch.ones(1, 16)):
+        with pytest.raises(ValueError, match=r"`latent_mask` must be a bool tensor of shape \(1, 16\)"):
+            model(ids, latents=torch.zeros(1, 4, 4, 4), latent_mask=mask)
+
+
+def test_ids_or_embeddings(model):
+    ids = random_text(1, 4)
+    for arguments in ({}, {"input_ids": ids, "inputs_embeds": torch.zeros(1, 4, 64)}):
+        with pytest.raises(ValueError, match="exactly one of `input_ids` and `inputs_embeds`"):
+            model(**arguments)
