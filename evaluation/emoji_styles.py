@@ -51,9 +51,7 @@ def ask(pipe: MMARPipeline, pictures: list[Any], question: str) -> list[str]:
             chats, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
         ).to(pipe.device)
         generated = pipe.model.generate(**inputs, do_sample=False, max_new_tokens=32)
-        answers += pipe.processor.batch_decode(
-            generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
+        answers += pipe.processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [answer.strip() for answer in answers]
 
 

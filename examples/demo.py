@@ -54,7 +54,9 @@ def main() -> None:
     chosen = pick(unseen, NUM_PICTURES * 3 // 4) + pick(seen, NUM_PICTURES // 4)
     names = [f"{row['label']}, {row['style']}" for row in chosen]
     prompts = [f"an emoji of {row['label']} in {row['style']} style" for row in chosen]
-    print(f"Drawing {len(prompts)} emoji; the first {NUM_PICTURES * 3 // 4} are pairs of name and style never seen in training.")
+    print(
+        f"Drawing {len(prompts)} emoji; the first {NUM_PICTURES * 3 // 4} are pairs of name and style are new to it."
+    )
     images = pipe(prompts, generator=torch.Generator().manual_seed(args.seed)).images
     drawn_file = args.out / "drawn.png"
     sheet(images, names, columns=4).save(drawn_file)
@@ -67,7 +69,10 @@ def main() -> None:
     for row, answer in zip(tested, answers, strict=True):
         expected = row["answers"][0]
         right += answer == expected
-        print(f"  {'right' if answer == expected else 'WRONG'}  {answer}" + ("" if answer == expected else f"   (it is {expected})"))
+        print(
+            f"  {'right' if answer == expected else 'WRONG'}  {answer}"
+            + ("" if answer == expected else f"   (it is {expected})")
+        )
     described_file = args.out / "described.png"
     sheet(pictures, answers, columns=4).save(described_file)
 

@@ -1,8 +1,8 @@
 """
 Training data: rows with a picture, captions and question-answer pairs -> batches of the three tasks (Sec. 3.3.3).
 
-A row is a dict with `image` (bytes, PIL picture or path), `captions` (list of str), `questions` and `answers` (lists of
-str, pair by pair). Each time a row is drawn it becomes one of
+A row is a dict with `image` (bytes, PIL picture or path), `captions` (list of str), `questions` and `answers` (lists
+of str, pair by pair). Each time a row is drawn it becomes one of
 
     t2i     caption, then the picture with a random part hidden: P(I|T)
     i2t     the whole picture and a question, then the answer: P(T|I)
@@ -68,7 +68,9 @@ def distort(picture: Image.Image) -> Image.Image:
         *(cos, sin, middle - cos * (middle + right) - sin * (middle + down)),
         *(-sin, cos, middle + sin * (middle + right) - cos * (middle + down)),
     )
-    moved = picture.transform((size, size), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor="white")
+    moved = picture.transform(
+        (size, size), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor="white"
+    )
     return moved.point(lambda value: 255 - (255 - value) * (1 + 0.1 * light))
 
 
@@ -173,7 +175,12 @@ class MMARDataCollator:
         input_ids = _pad([example["input_ids"] for example in examples], self.processor.tokenizer.pad_token_id)
         labels = _pad([example["labels"] for example in examples], IGNORE_INDEX)
         attention_mask = _pad([[1] * len(example["input_ids"]) for example in examples], 0)
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "latent_mask": latent_mask}
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": labels,
+            "latent_mask": latent_mask,
+        }
         if latents:
             batch["latents"] = torch.stack(latents)
         else:

@@ -32,6 +32,7 @@ class DataArguments:
     mask_ratio_min: float = field(default=0.7, metadata={"help": "lower bound of the mask ratio"})
     num_copies: int = field(default=0, metadata={"help": "distorted copies of each picture for image to text"})
     diffusion_batch_mul: int = field(default=4, metadata={"help": "timesteps drawn per z"})
+    attn_implementation: str = field(default="sdpa", metadata={"help": "attention of transformers to train with"})
     resume: bool = field(default=True, metadata={"help": "go on from the last checkpoint in output_dir"})
 
 
@@ -40,7 +41,7 @@ def parse(arguments: list[str]) -> tuple[DataArguments, MMARTrainingArguments]:
     Reads a recipe and the overrides after it.
 
     Raises:
-        ValueError: If there is no recipe, an override is not `key=value`, or a key is unknown.
+        ValueError: If there is no recipe, an override is not `key=value`, or a key is unknown or missing.
     """
     if not arguments or not Path(arguments[0]).is_file():
         raise ValueError(f"expected a recipe (a YAML file) as first argument; got {arguments[:1]}.")
@@ -50,13 +51,17 @@ def parse(arguments: list[str]) -> tuple[DataArguments, MMARTrainingArguments]:
         if not found:
             raise ValueError(f"expected key=value after the recipe; got {argument!r}.")
         values[key] = yaml.safe_load(value)
+    if missing := [key for key in ("model", "data", "output_dir") if key not in values]:
+        raise ValueError(f"the training needs {', '.join(missing)}; give them as key=value.")
     return HfArgumentParser((DataArguments, MMARTrainingArguments)).parse_dict(values)
 
 
 def main() -> None:
     data_args, args = parse(sys.argv[1:])
     # Saved in bfloat16 or not, the weights are trained in float32; `bf16: true` is autocast.
-    model = MMARForConditionalGeneration.from_pretrained(data_args.model, dtype="float32")
+    model = MMARForConditionalGeneration.from_pretrained(
+        data_args.model, dtype="float32", attn_implementation=data_args.attn_implementation
+    )
     model.config.diffusion_config.diffusion_batch_mul = data_args.diffusion_batch_mul
     processor = MMARProcessor.from_pretrained(data_args.model)
     dataset = MMARLatentDataset(read_rows(data_args.data), model, processor, data_args.num_copies)
