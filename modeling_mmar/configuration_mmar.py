@@ -156,7 +156,7 @@ class MMARConfig(PreTrainedConfig):
         image_generation (`dict`, *optional*): Defaults of image generation, `num_ar_steps`, `num_inference_steps` and
             `guidance_scale`; the paper's protocol when not given (Sec. 4.6).
         null_prompt_ids (`list[int]`, *optional*): Tokens of the null prompt, for guidance where no processor is at
-            hand, as in `generate(generation_mode="image")`. `MMARPipeline.save_pretrained` fills them in.
+            hand, as in `generate(generation_mode="image")`. `MMARPipeline` fills them in.
         tie_word_embeddings (`bool`, *optional*): Copied from `text_config`; no need to set it.
 
     Example:

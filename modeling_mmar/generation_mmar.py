@@ -214,6 +214,11 @@ class MMARImageGenerationMixin:
                 f"`num_inference_steps` must be between 1 and {diffusion.num_train_timesteps}, the number of training "
                 f"timesteps; got {num_inference_steps}."
             )
+        if num_inference_steps == 1 and scheduler.config.get("timestep_spacing") == "linspace":
+            raise ValueError(
+                "`num_inference_steps` must be at least 2 with `timestep_spacing` 'linspace', whose only step is"
+                " at the least noise; got 1. Set `timestep_spacing='trailing'` for a single step."
+            )
         if bool((input_ids == self.config.image_token_id).any()):
             raise ValueError(
                 "`input_ids` must be the text before the picture; got image tokens in it. "

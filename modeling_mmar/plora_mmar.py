@@ -68,9 +68,10 @@ class PLoRALinear(nn.Linear):
         output = super().forward(hidden_states)
         if image_token_mask is None:
             return output
-        # Masked where it is narrow: r channels instead of out_features.
-        scale = (self.image_scaling * image_token_mask[..., None]).to(hidden_states.dtype)
-        return output + F.linear(F.linear(hidden_states, self.image_A) * scale, self.image_B)
+        # Masked where it is narrow, r channels, and by choice: infinity times zero would be NaN in float16.
+        branch = F.linear(hidden_states, self.image_A) * self.image_scaling
+        branch = branch.masked_fill(~image_token_mask[..., None], 0.0)
+        return output + F.linear(branch, self.image_B)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.image_A.shape[0]}"

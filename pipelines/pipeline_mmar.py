@@ -97,6 +97,9 @@ class MMARPipeline(DiffusionPipeline):
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, scheduler: Any):
         super().__init__()
         self.register_modules(model=model, processor=processor, scheduler=scheduler)
+        if model.config.null_prompt_ids is None:
+            # For callers of the model alone, which knows no tokenizer.
+            model.config.null_prompt_ids = list(processor.generation_inputs(None, return_tensors=None)["input_ids"][0])
         self._interrupt = False
         self._guidance_scale = model.config.image_generation["guidance_scale"]
         self._num_timesteps = 0
@@ -320,11 +323,20 @@ class MMARPipeline(DiffusionPipeline):
             )
         folder = Path(save_directory)
         shard_size = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
-        # For callers of the model alone, which knows no tokenizer.
-        null_inputs = self.processor.generation_inputs(None, return_tensors=None)
-        self.model.config.null_prompt_ids = list(null_inputs["input_ids"][0])
         self.model.save_pretrained(folder, **shard_size)
         self.processor.save_pretrained(folder)
+        self.save_index(folder)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+
+    def save_index(self, folder: str | os.PathLike) -> None:
+        r"""
+        Writes what a folder of the model and the processor lacks to open as a pipeline: model_index.json, scheduler.
+
+        Args:
+            folder (`str` or `os.PathLike`): Folder of the saved model; exists.
+        """
+        folder = Path(folder)
         self.scheduler.save_pretrained(folder / "scheduler")
         model_index = {
             "_class_name": [ENTRY_MODULE, type(self).__name__],
@@ -335,8 +347,6 @@ class MMARPipeline(DiffusionPipeline):
         }
         text = json.dumps(model_index, indent=2) + "\n"
         (folder / self.config_name).write_text(text, encoding="utf-8", newline="\n")
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:

@@ -12,6 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from ..pipelines.pipeline_mmar import MMARPipeline
+from ..processors.processing_mmar import MMARProcessor
+
 
 EMA_FILE = "ema.safetensors"
 # Early steps average over fewer: decay (1 + t) / (10 + t), as in TensorFlow's moving averages.
@@ -114,6 +117,8 @@ class MMARTrainer(Trainer):
     def __init__(self, model: nn.Module, args: MMARTrainingArguments, **kwargs):
         model.freeze(train_backbone=args.train_backbone)
         super().__init__(model=model, args=args, **kwargs)
+        if isinstance(self.processing_class, MMARProcessor):
+            self._pipeline = MMARPipeline(model, self.processing_class, model.default_scheduler())
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2))
         self.ema = EMA(model, args.ema_decay) if args.ema_decay > 0 else None
         if self.ema is not None:
@@ -148,6 +153,9 @@ class MMARTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
+        if self.args.should_save and isinstance(self.processing_class, MMARProcessor):
+            # So that a checkpoint opens through every door.
+            self._pipeline.save_index(output_dir if output_dir is not None else self.args.output_dir)
         if self.ema is not None and self.args.should_save:
             self.ema.save(output_dir if output_dir is not None else self.args.output_dir)
 

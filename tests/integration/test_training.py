@@ -3,11 +3,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_model
+from helpers import seeded, tiny_model
 from squares import make_processor, make_rows
 from transformers import Trainer, TrainingArguments
 
 from mmar.modeling_mmar.modeling_mmar import MMARForConditionalGeneration
+from mmar.pipelines.pipeline_mmar import MMARPipeline
 from mmar.training.data import MMARDataCollator, MMARLatentDataset
 from mmar.training.train import parse
 from mmar.training.trainer import EMA, MMARTrainer, MMARTrainingArguments
@@ -111,6 +112,16 @@ def test_saved_model_holds_the_ema_within_the_context(tmp_path, processor):
     loaded = MMARForConditionalGeneration.from_pretrained(tmp_path / "final")
     parameters = dict(loaded.named_parameters())
     assert all(torch.equal(parameters[name], value) for name, value in trainer.ema.shadow.items())
+
+
+def test_a_checkpoint_opens_as_a_pipeline(tmp_path, processor):
+    trainer = make_trainer(tmp_path, processor, max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    pipe = MMARPipeline.from_pretrained(tmp_path / "checkpoint-1")
+    trainer.model.eval()
+    expected = MMARPipeline(trainer.model, processor, trainer.model.default_scheduler())
+    drawn = [p("red square", generator=seeded(0), output_type="latent").images for p in (pipe, expected)]
+    assert torch.equal(*drawn)
 
 
 def test_a_plain_trainer_trains_with_our_collator(tmp_path, processor):
