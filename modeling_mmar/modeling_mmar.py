@@ -166,7 +166,8 @@ class MMARModel(MMARPreTrainedModel):
             `BaseModelOutputWithPast`
 
         Raises:
-            ValueError: If image tokens and pictures do not match in number.
+            ValueError: If image tokens and pictures do not match in number, or the text is longer than the language
+                model's positions.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of `input_ids` and `inputs_embeds`; pass one of them.")
@@ -192,6 +193,8 @@ class MMARModel(MMARPreTrainedModel):
         # 3. Positions and attention: causal text, bidirectional pictures.
         if position_ids is None:
             position_ids = self._position_ids(inputs_embeds, image_token_mask, attention_mask, past_key_values)
+        if inputs_embeds.shape[1] > self.config.text_config.max_position_embeddings:
+            self._check_positions(position_ids)
         if not isinstance(attention_mask, dict):
             block_ids = None
             if image_token_mask is not None:
@@ -243,6 +246,14 @@ class MMARModel(MMARPreTrainedModel):
             raise ValueError(
                 f"expected whole pictures, {self.config.num_latents} image tokens each, in each row; got "
                 f"{image_token_mask.sum(-1).tolist()} image tokens. Do not truncate a text inside a picture."
+            )
+
+    def _check_positions(self, position_ids: Tensor) -> None:
+        limit = self.config.text_config.max_position_embeddings
+        if (longest := int(position_ids.max()) + 1) > limit:
+            raise ValueError(
+                f"the text must have at most {limit} positions (`max_position_embeddings`), one per picture; got "
+                f"{longest}. Shorten it."
             )
 
     def _position_ids(

@@ -513,3 +513,14 @@ def test_ids_or_embeddings(model):
     for arguments in ({}, {"input_ids": ids, "inputs_embeds": torch.zeros(1, 4, 64)}):
         with pytest.raises(ValueError, match="exactly one of `input_ids` and `inputs_embeds`"):
             model(**arguments)
+
+
+def test_a_text_longer_than_the_positions_is_refused():
+    model = tiny_model(text_config={"max_position_embeddings": 20})
+    with pytest.raises(ValueError, match="at most 20 positions.*got 21"):
+        model(random_text(1, 21))
+    # A picture takes one position: 16 image tokens and 19 of text fit.
+    ids = torch.cat([image_marks(model, 1), random_text(1, 19)], dim=1)
+    assert model(ids, latents=random_latents(model, 1)).logits.shape[1] == 35
+    with pytest.raises(ValueError, match="got 21"):
+        model.generate(torch.cat([image_marks(model, 1), random_text(1, 20)], dim=1), latents=random_latents(model, 1))
