@@ -33,7 +33,7 @@ style: $(VENV)/.done
 data: $(VENV)/.done
 	$(BIN)/python -m mmar.training.emoji_lite $(EMOJI_STYLES)
 
-# The bundled checkpoint: its VAE (16 minutes), then the model (about an hour on two cores).
+# The bundled checkpoint: its VAE (16 minutes), then the model (half an hour on two cores).
 runs/vae/report.json: | $(VENV)/.done
 	$(BIN)/python -m mmar.training.train_vae --data checkpoints/emoji-lite/train.parquet \
 		--eval_data checkpoints/emoji-lite/test.parquet --out runs/vae

@@ -21,7 +21,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..pipelines.pipeline_mmar import MMARPipeline
-from ..training.data import open_picture, read_rows
+from ..training.data import read_rows
 
 
 QUESTIONS = {"caption": "Describe the image.", "name": "What is it?", "style": "Which style?"}
@@ -65,7 +65,7 @@ def by_sibling(rows: list[dict[str, Any]], hits: list[bool]) -> dict[str, float]
 
 def score_captions(pipe: MMARPipeline, rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Exact match of the answers to the three questions."""
-    pictures = [open_picture(row["image"]) for row in rows]
+    pictures = pipe.processor.image_processor.fetch_images([row["image"] for row in rows])
     scores = {}
     for name, question in QUESTIONS.items():
         expected = [row["answers"][row["questions"].index(question)] for row in rows]
@@ -82,7 +82,7 @@ def draw(pipe: MMARPipeline, rows: list[dict[str, Any]], out: Path, seed: int, *
     for start in tqdm(range(0, len(rows), BATCH_SIZE), desc="drawing"):
         batch = rows[start : start + BATCH_SIZE]
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
-        prompts = [f"an emoji of {row['label']} in {row['style']} style" for row in batch]
+        prompts = [row["captions"][0] for row in batch]
         for i, image in enumerate(pipe(prompts, generator=generators, **kwargs).images):
             file = f"{start + i:05d}.png"
             image.save(out / file)

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from mmar import MMARPipeline
 from mmar.evaluation.emoji_styles import ask
-from mmar.training.data import open_picture, read_rows
+from mmar.training.data import read_rows
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,17 +53,16 @@ def main() -> None:
 
     chosen = pick(unseen, NUM_PICTURES * 3 // 4) + pick(seen, NUM_PICTURES // 4)
     names = [f"{row['label']}, {row['style']}" for row in chosen]
-    prompts = [f"an emoji of {row['label']} in {row['style']} style" for row in chosen]
-    print(
-        f"Drawing {len(prompts)} emoji; the first {NUM_PICTURES * 3 // 4} are pairs of name and style are new to it."
-    )
+    prompts = [row["captions"][0] for row in chosen]
+    num_new = NUM_PICTURES * 3 // 4
+    print(f"Drawing {len(prompts)} emoji. Training never saw the first {num_new} pairs of name and style.")
     images = pipe(prompts, generator=torch.Generator().manual_seed(args.seed)).images
     drawn_file = args.out / "drawn.png"
     sheet(images, names, columns=4).save(drawn_file)
 
     print("\nDescribing 12 real pictures never seen in training:")
     tested = pick(unseen, 12)
-    pictures = [open_picture(row["image"]) for row in tested]
+    pictures = pipe.processor.image_processor.fetch_images([row["image"] for row in tested])
     answers = ask(pipe, pictures, "Describe the image.")
     right = 0
     for row, answer in zip(tested, answers, strict=True):

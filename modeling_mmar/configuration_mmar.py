@@ -71,7 +71,7 @@ class MMARViTConfig(PreTrainedConfig):
         num_attention_heads (`int`, *optional*, defaults to 16): Attention heads; ours, as ViT-L.
         mlp_ratio (`float`, *optional*, defaults to 4.0): Width of the MLP in units of `hidden_size`; ours, as ViT.
         layer_norm_eps (`float`, *optional*, defaults to 1e-06): Epsilon of the layer norms.
-        initializer_range (`float`, *optional*, defaults to 0.02): Std of the weights, positions and mask token.
+        initializer_range (`float`, *optional*, defaults to 0.02): Std of the positions and the mask token.
     """
 
     model_type = "mmar_vit"
@@ -239,6 +239,11 @@ class MMARConfig(PreTrainedConfig):
             raise ValueError(
                 "`text_config.use_sliding_window` must be False: an image is one bidirectional block and does not fit "
                 "a sliding window; got True."
+            )
+        if missing := [key for key in ("block_out_channels", "latent_channels") if key not in self.vae_config]:
+            raise ValueError(
+                f"`vae_config` must be the whole config of an AutoencoderKL; {', '.join(missing)} missing. Take "
+                "`dict(vae.config)` of the trained VAE."
             )
         if self.image_size % self.vae_scale_factor:
             raise ValueError(

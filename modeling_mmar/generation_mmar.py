@@ -84,6 +84,11 @@ class MMARImageGenerationMixin:
         kwargs.pop("mm_token_type_ids", None)
         if kwargs:
             raise ValueError(f"unexpected arguments {sorted(kwargs)}; see the docstring of `generate_images`.")
+        if self.training and self.is_gradient_checkpointing:
+            raise ValueError(
+                "expected a model in eval mode: gradient checkpointing drops the cached prompt in training mode. Call "
+                "`model.eval()` first."
+            )
         if output_type not in ("pt", "latent"):
             raise ValueError(f"`output_type` must be 'pt' or 'latent'; got {output_type!r}.")
         defaults = self.config.image_generation
@@ -238,7 +243,7 @@ class MMARImageGenerationMixin:
         limit = self.config.text_config.max_position_embeddings
         if longest + 1 > limit:
             raise ValueError(f"the prompt must be shorter than {limit} tokens; got {longest}. Shorten it.")
-        prediction_type = scheduler.config.get("prediction_type", "epsilon")
+        prediction_type = scheduler.config.get("prediction_type")
         if prediction_type != diffusion.prediction_type:
             raise ValueError(
                 f"the scheduler must have `prediction_type` {diffusion.prediction_type!r}, which the model predicts; "

@@ -71,7 +71,7 @@ def cached_position_ids(cache: Cache | None, batch: int) -> Tensor:
         )
     position_ids = position_ids[:, :past_length]
     # Tokens that passed by unnoticed (a compiled decoding step) are text: each takes the next position.
-    start = position_ids[:, -1:] + 1 if position_ids.shape[1] else 0
+    start = position_ids.amax(-1, keepdim=True) + 1 if position_ids.shape[1] else 0
     missing = torch.arange(past_length - position_ids.shape[1], device=position_ids.device).expand(batch, -1)
     return torch.cat([position_ids, missing + start], dim=1)
 

@@ -193,7 +193,9 @@ class MMARModel(MMARPreTrainedModel):
         # 3. Positions and attention: causal text, bidirectional pictures.
         if position_ids is None:
             position_ids = self._position_ids(inputs_embeds, image_token_mask, attention_mask, past_key_values)
-        if inputs_embeds.shape[1] > self.config.text_config.max_position_embeddings:
+        # Looked at where it can be, and not in each decoding step, which would sync.
+        total = inputs_embeds.shape[1] if isinstance(past_length, Tensor) else inputs_embeds.shape[1] + past_length
+        if inputs_embeds.shape[1] > 1 and total > self.config.text_config.max_position_embeddings:
             self._check_positions(position_ids)
         if not isinstance(attention_mask, dict):
             block_ids = None
@@ -266,7 +268,7 @@ class MMARModel(MMARPreTrainedModel):
         batch, length = inputs_embeds.shape[:2]
         # Positions taken so far; fewer than the tokens, once a picture was read.
         cached = cached_position_ids(past_key_values, batch).to(inputs_embeds.device)
-        start = cached[:, -1:] + 1 if cached.shape[1] else 0
+        start = cached.amax(-1, keepdim=True) + 1 if cached.shape[1] else 0
         padding_mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
         if padding_mask is not None:
             padding_mask = padding_mask[:, -length:]
@@ -380,7 +382,9 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             train_backbone (`bool`, *optional*, defaults to `False`): Also train Qwen2's own weights; for a model whose
                 backbone was not pretrained.
         """
-        self.requires_grad_(True)
+        for parameter in self.parameters():
+            if parameter.is_floating_point():  # quantized weights take no gradient
+                parameter.requires_grad_(True)
         self.vae.requires_grad_(False)
         if not train_backbone:
             for name, parameter in self.named_parameters():
@@ -543,6 +547,9 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         self._check_latents(latents, latent_mask)
         # (I, C, h, w) -> (I, N, C)
         latent_tokens = None if latents is None else latents.flatten(2).transpose(1, 2)
+        if self.training and latent_tokens is not None and latent_mask is None:
+            # The same pictures, by the way that the mask token takes part in.
+            latent_mask = torch.zeros(latent_tokens.shape[:2], dtype=torch.bool, device=latent_tokens.device)
 
         # 2.-5. Mask, embed, build the sequence, run the LLM.
         if image_token_mask is None and input_ids is not None and latent_tokens is not None:
@@ -564,8 +571,9 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         # 6. Text head: in training only labelled positions pass the lm_head.
         logits, text_loss = None, None
         if labels is not None:
+            labels = labels.to(hidden_states.device)
             predicts = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) != IGNORE_INDEX
-            targets = labels[:, 1:][predicts[:, :-1]].to(hidden_states.device)
+            targets = labels[:, 1:][predicts[:, :-1]]
             if len(targets):
                 text_loss = F.cross_entropy(self.lm_head(hidden_states[predicts]).float(), targets)
         if labels is None or not self.training:
@@ -591,6 +599,8 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
                 )
 
         losses = [part for part in (text_loss, image_loss) if part is not None]
+        if self.training and image_loss is None and losses:
+            losses.append(self._unused_heads(hidden_states, used_encoder=latent_tokens is not None))
         result = MMARCausalLMOutputWithPast(
             loss=sum(losses) if losses else None,
             text_loss=text_loss,
@@ -602,6 +612,17 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             image_hidden_states=z,
         )
         return result.to_tuple() if return_dict is False else result
+
+    def _unused_heads(self, hidden_states: Tensor, used_encoder: bool) -> Tensor:
+        """Zero, through the parts that a batch without hidden latents leaves out: all ranks must run the same ones."""
+        channels, device = self.config.latent_channels, hidden_states.device
+        timesteps = torch.zeros(1, dtype=torch.long, device=device)
+        output = self.diffusion_mlp(torch.zeros(1, channels, device=device), timesteps, hidden_states[:1, 0]).sum()
+        if not used_encoder:
+            tokens = torch.zeros(1, self.config.num_latents, channels, device=device)
+            nothing_hidden = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=device)
+            output = output + self.model.latent_encoder(tokens, nothing_hidden).float().sum()
+        return 0.0 * output
 
     # ------------------------------------------------------------------------------------------------ text generation
 
@@ -675,7 +696,7 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             # Only the new tokens were given beside a cache: count on from it.
             cached = cached_position_ids(model_kwargs["past_key_values"], len(input_ids)).to(input_ids.device)
-            start = cached[:, -1:] + 1 if cached.shape[1] else 0
+            start = cached.amax(-1, keepdim=True) + 1 if cached.shape[1] else 0
             new_mask = attention_mask[:, -input_ids.shape[1] :]
             is_image = input_ids == self.config.image_token_id
             return shared_position_ids(is_image, self.config.num_latents, new_mask) + start

@@ -34,19 +34,22 @@ class MMARImageProcessorKwargs(TypedDict, total=False):
     do_normalize: bool | None
 
 
+URL_TIMEOUT = 10.0  # seconds without an answer
+
+
 def _shorten(text: str, length: int = 80) -> str:
     """The beginning of a string, for error messages."""
     return text if len(text) <= length else text[:length] + "..."
 
 
-def _open_picture(source: str | bytes | os.PathLike, timeout: float | None = None) -> Image.Image:
+def _open_picture(source: str | bytes | os.PathLike) -> Image.Image:
     """Opens a path, URL, data URI, base64 string or file content as an upright PIL image, its mode kept."""
     name = f"{len(source)} bytes" if isinstance(source, bytes) else repr(_shorten(os.fspath(source)))
     if isinstance(source, bytes):
         file = BytesIO(source)
     elif isinstance(source, str) and source.startswith(("http://", "https://")):
         try:
-            response = get_session().get(source, timeout=timeout, follow_redirects=True)
+            response = get_session().get(source, timeout=URL_TIMEOUT, follow_redirects=True)
             response.raise_for_status()
         # Refused, timed out, no such page, offline mode: the client's own classes moved between its versions.
         except Exception as error:

@@ -308,7 +308,7 @@ class MMARProcessor(ProcessorMixin):
         """The text before a generated picture; the null prompt for None and ''."""
         prompt = "" if prompt is None else prompt
         self._check_no_mark(prompt, "A prompt")
-        content = self.generation_prompt.format(caption=prompt) if prompt else self.null_prompt
+        content = self.generation_prompt.replace("{caption}", prompt) if prompt else self.null_prompt
         return self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
     def generation_inputs(

@@ -9,7 +9,6 @@ of str, pair by pair). Each time a row is drawn it becomes one of
     uncond  the null prompt, then the picture with a random part hidden: P(I)
 """
 
-import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,17 +58,15 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 def distort(picture: Image.Image) -> Image.Image:
     """A slightly moved, turned, scaled and brightened picture on white, from torch's global generator."""
-    size = picture.width
+    width, height = picture.size
     angle, scale, right, down, light = (torch.rand(5) * 2 - 1).tolist()
     angle, scale = math.radians(10 * angle), 1 / (1 + 0.12 * scale)
-    right, down = 0.06 * size * right, 0.06 * size * down
-    cos, sin, middle = math.cos(angle) * scale, math.sin(angle) * scale, size / 2
-    matrix = (
-        *(cos, sin, middle - cos * (middle + right) - sin * (middle + down)),
-        *(-sin, cos, middle + sin * (middle + right) - cos * (middle + down)),
-    )
+    # Where the picture's middle goes to, and where it comes from.
+    to_x, to_y, from_x, from_y = width * (0.5 + 0.06 * right), height * (0.5 + 0.06 * down), width / 2, height / 2
+    cos, sin = math.cos(angle) * scale, math.sin(angle) * scale
+    matrix = (cos, sin, from_x - cos * to_x - sin * to_y, -sin, cos, from_y + sin * to_x - cos * to_y)
     moved = picture.transform(
-        (size, size), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor="white"
+        picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor="white"
     )
     return moved.point(lambda value: 255 - (255 - value) * (1 + 0.1 * light))
 
@@ -100,8 +97,11 @@ class MMARLatentDataset(Dataset):
         means, stds = [], []
         for copy in range(num_copies + 1):
             for start in tqdm(range(0, len(rows), batch_size), desc=f"latents {copy + 1}/{num_copies + 1}", delay=2):
-                pictures = [open_picture(row["image"]) for row in rows[start : start + batch_size]]
-                pictures = pictures if copy == 0 else [distort(picture) for picture in pictures]
+                pictures = processor.image_processor.fetch_images(
+                    [row["image"] for row in rows[start : start + batch_size]]
+                )
+                if copy > 0:
+                    pictures = [distort(picture.convert("RGB")) for picture in pictures]
                 pixel_values = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
                 mean, std = model.encode_image_distributions(pixel_values.to(model.device))
                 means.append(mean.cpu())
@@ -116,13 +116,6 @@ class MMARLatentDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {**self.rows[index], "latent_means": self.means[index], "latent_stds": self.stds[index]}
-
-
-def open_picture(image: bytes | str | Path | Image.Image) -> Image.Image:
-    """Opens bytes or a path as an RGB picture."""
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    return Image.open(io.BytesIO(image) if isinstance(image, bytes) else image).convert("RGB")
 
 
 @dataclass
@@ -171,7 +164,7 @@ class MMARDataCollator:
                 mean, std = row["latent_means"][copy], row["latent_stds"][copy]
                 latents.append(mean + std * torch.randn(mean.shape))
             else:
-                pictures.append(open_picture(row["image"]))
+                pictures.append(row["image"])
         input_ids = _pad([example["input_ids"] for example in examples], self.processor.tokenizer.pad_token_id)
         labels = _pad([example["labels"] for example in examples], IGNORE_INDEX)
         attention_mask = _pad([[1] * len(example["input_ids"]) for example in examples], 0)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
@@ -62,6 +62,8 @@ def main() -> None:
     model = MMARForConditionalGeneration.from_pretrained(
         data_args.model, dtype="float32", attn_implementation=data_args.attn_implementation
     )
+    set_seed(args.seed)
+    model.to(args.device)
     model.config.diffusion_config.diffusion_batch_mul = data_args.diffusion_batch_mul
     processor = MMARProcessor.from_pretrained(data_args.model)
     dataset = MMARLatentDataset(read_rows(data_args.data), model, processor, data_args.num_copies)

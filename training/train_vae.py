@@ -1,9 +1,9 @@
 """
 Trains a small `AutoencoderKL` from scratch on a parquet of pictures and stores its measured latent scale.
 
-    python -m mmar.training.train_vae --data checkpoints/emoji-lite/train.parquet --out runs/vae --minutes 12
+    python -m mmar.training.train_vae --data checkpoints/emoji-lite/train.parquet --out runs/vae
 
-Made for toy sizes: a real MMAR takes a published KL-16 (see `conversion/`). Everything runs in bfloat16 autocast with
+Made for toy sizes: a real MMAR takes a published KL-16. Everything runs in bfloat16 autocast with
 float32 weights; the result is a diffusers folder with an EMA of the weights and `scaling_factor` = 1 / std.
 """
 

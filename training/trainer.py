@@ -1,6 +1,5 @@
 """`MMARTrainer`: transformers' `Trainer` with losses by kind, EMA and the frozen parts frozen."""
 
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,13 +9,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..pipelines.pipeline_mmar import MMARPipeline
 from ..processors.processing_mmar import MMARProcessor
 
 
 EMA_FILE = "ema.safetensors"
+LOSSES = ("text_loss", "image_loss")
 # Early steps average over fewer: decay (1 + t) / (10 + t), as in TensorFlow's moving averages.
 EMA_WARMUP = 10
 
@@ -37,6 +38,8 @@ class MMARTrainingArguments(TrainingArguments):
     train_backbone: bool = field(default=False, metadata={"help": "also train Qwen2's own weights"})
 
     def __post_init__(self):
+        # transformers refuses bf16 on a CPU that was not asked for by name.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be in [0, 1); got {self.ema_decay}.")
@@ -83,7 +86,9 @@ class EMA:
         )
 
     def load(self, folder: str | Path) -> None:
-        """Raises ValueError if the file's parameters are not those of the average."""
+        """Raises ValueError if the file is missing or its parameters are not those of the average."""
+        if not (Path(folder) / EMA_FILE).is_file():
+            raise ValueError(f"expected {EMA_FILE} in the checkpoint; it is not there. Resume with `ema_decay=0`.")
         stored = load_file(Path(folder) / EMA_FILE)
         self.num_updates = int(stored.pop("num_updates"))
         if stored.keys() != self.shadow.keys():
@@ -93,6 +98,14 @@ class EMA:
             )
         for name, value in stored.items():
             self.shadow[name].copy_(value)
+
+
+class _SeedPerRank(TrainerCallback):
+    """Tasks, masks and noise differ between ranks; transformers seeds all alike. A resumed state comes later."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.world_size > 1:
+            set_seed(args.seed + args.process_index)
 
 
 class _UpdateEMA(TrainerCallback):
@@ -117,9 +130,15 @@ class MMARTrainer(Trainer):
     def __init__(self, model: nn.Module, args: MMARTrainingArguments, **kwargs):
         model.freeze(train_backbone=args.train_backbone)
         super().__init__(model=model, args=args, **kwargs)
+        if args.ema_decay > 0 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                f"`ema_decay` must be 0 with FSDP and DeepSpeed, whose sharded weights the average cannot follow; got "
+                f"{args.ema_decay}. Train on one device or with DDP, or set `ema_decay=0`."
+            )
         if isinstance(self.processing_class, MMARProcessor):
             self._pipeline = MMARPipeline(model, self.processing_class, model.default_scheduler())
-        self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2))
+        self._sums: dict[str, Tensor] = {}
+        self.add_callback(_SeedPerRank())
         self.ema = EMA(model, args.ema_decay) if args.ema_decay > 0 else None
         if self.ema is not None:
             self.add_callback(_UpdateEMA(self))
@@ -135,17 +154,33 @@ class MMARTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
-        for name in ("text_loss", "image_loss"):
+        for name in LOSSES:
             value = getattr(outputs, name)
-            if value is not None:
-                self._sums[name] += torch.tensor([value.item(), 1.0])
+            if model.training and value is not None:
+                # Stays on the device: no sync but when it is logged.
+                entry = torch.stack([value.detach().float(), torch.ones_like(value, dtype=torch.float32)])
+                self._sums[name] = self._sums.get(name, 0) + entry
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:
-            logs = {**logs, **{name: round((s[0] / s[1]).item(), 4) for name, s in self._sums.items()}}
-            self._sums.clear()
+            logs = {**logs, **self._mean_losses()}
         super().log(logs, *args, **kwargs)
+
+    def _mean_losses(self) -> dict[str, float]:
+        """Means of the losses since the last call, over the micro-batches of all ranks that had them."""
+        none = torch.zeros(2, device=self.args.device)
+        totals = {name: self._sums.get(name, none) for name in LOSSES}
+        self._sums = {}
+        totals = {name: self.accelerator.reduce(total.clone(), "sum") for name, total in totals.items()}
+        return {name: round((total[0] / total[1]).item(), 4) for name, total in totals.items() if total[1] > 0}
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """No weight decay on norms, biases and embeddings."""
+        names = super().get_decay_parameter_names(model)
+        return [
+            name for name in names if not name.endswith(("mask_token", "position_embedding", "embed_tokens.weight"))
+        ]
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         with self.ema_weights():
@@ -156,8 +191,13 @@ class MMARTrainer(Trainer):
         if self.args.should_save and isinstance(self.processing_class, MMARProcessor):
             # So that a checkpoint opens through every door.
             self._pipeline.save_index(output_dir if output_dir is not None else self.args.output_dir)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.ema is not None and self.args.should_save:
-            self.ema.save(output_dir if output_dir is not None else self.args.output_dir)
+            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            self.ema.save(folder)
+        super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

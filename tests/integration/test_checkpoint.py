@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mmar import MMARPipeline
+from mmar.conversion.hub_mmar import export_remote_code
 from mmar.evaluation.emoji_styles import score_captions
 from mmar.training.data import read_rows
 
@@ -29,8 +30,16 @@ def test_size_and_formats():
     assert (CHECKPOINT / "README.md").is_file() and (DATA / "README.md").is_file()
 
 
+def test_its_code_is_that_of_the_package(tmp_path):
+    export_remote_code(tmp_path)
+    for file in tmp_path.iterdir():
+        assert (CHECKPOINT / file.name).read_text() == file.read_text(), f"export again: {file.name} differs"
+
+
 def test_held_out_cells_are_not_in_the_training_rows():
-    cells = [{(row["label"], row["style"]) for row in read_rows(DATA / f"{name}.parquet")} for name in ("train", "test")]
+    cells = [
+        {(row["label"], row["style"]) for row in read_rows(DATA / f"{name}.parquet")} for name in ("train", "test")
+    ]
     assert (len(cells[0]), len(cells[1])) == (1727, 151)
     assert not cells[0] & cells[1]
 

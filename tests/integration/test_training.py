@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import pytest
@@ -168,4 +167,25 @@ def test_checkpoint_of_another_model_is_refused(tmp_path, processor):
     other = EMA(torch.nn.Linear(2, 2), 0.9)
     with pytest.raises(ValueError, match="trained parameters"):
         other.load(tmp_path)
-    assert json.loads((RECIPE.parents[2] / "configs" / "mmar-tiny" / "config.json").read_text())["image_size"] == 64
+
+
+def test_evaluation_does_not_reach_the_training_log(tmp_path, processor):
+    trainer = make_trainer(tmp_path, processor, max_steps=1)
+    trainer.train()
+    dataset = trainer.train_dataset
+    trainer.evaluate(dataset)
+    assert trainer._mean_losses() == {}
+
+
+def test_weight_decay_spares_norms_biases_and_embeddings(tmp_path, processor):
+    trainer = make_trainer(tmp_path, processor)
+    decayed = set(trainer.get_decay_parameter_names(trainer.model))
+    dimensions = {name: p.ndim for name, p in trainer.model.named_parameters() if not name.startswith("vae.")}
+    assert {ndim for name, ndim in dimensions.items() if name in decayed} == {2}
+    assert not [name for name in decayed if "embed" in name.split(".")[-1] or "norm" in name or "bias" in name]
+    assert "model.language_model.embed_tokens.weight" not in decayed
+
+
+def test_a_checkpoint_without_ema_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="ema_decay=0"):
+        EMA(torch.nn.Linear(2, 2), 0.9).load(tmp_path)

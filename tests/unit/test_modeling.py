@@ -524,3 +524,26 @@ def test_a_text_longer_than_the_positions_is_refused():
     assert model(ids, latents=random_latents(model, 1)).logits.shape[1] == 35
     with pytest.raises(ValueError, match="got 21"):
         model.generate(torch.cat([image_marks(model, 1), random_text(1, 20)], dim=1), latents=random_latents(model, 1))
+
+
+def test_training_runs_every_part_whatever_the_batch():
+    model = tiny_model().train()
+    ids = random_text(1, 6)
+    model(ids, labels=ids).loss.backward()
+    unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert unused == []
+    gradients = {name: p.grad for name, p in model.diffusion_mlp.named_parameters()}
+    assert all((gradient == 0).all() for gradient in gradients.values())
+
+
+def test_right_padding_in_a_cache_keeps_the_next_position():
+    model = tiny_model()
+    ids = random_text(1, 5)
+    padded = torch.cat([ids, torch.zeros(1, 2, dtype=torch.long)], dim=1)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0]])
+    cache = model(padded, attention_mask=mask, use_cache=True).past_key_values
+    longer = torch.cat([mask, torch.ones(1, 1, dtype=torch.long)], dim=1)
+    following = random_text(1, 1, seed=1)
+    got = model(following, attention_mask=longer, past_key_values=cache).logits[:, -1]
+    expected = model(torch.cat([ids, following], dim=1)).logits[:, -1]
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)  # other shapes round differently
