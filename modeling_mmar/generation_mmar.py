@@ -1,11 +1,14 @@
 """The masked autoregressive image loop (Sec. 3.3.1, "Pipeline"; Sec. 3.3.4)."""
 
+import copy
 import inspect
+import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, SchedulerMixin
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache
@@ -97,12 +100,16 @@ class MMARImageGenerationMixin:
         scheduler = self.default_scheduler() if scheduler is None else scheduler
         batch, device = len(input_ids), input_ids.device
         num_latents, channels = self.config.num_latents, self.config.latent_channels
-        self._check_image_arguments(input_ids, negative_input_ids, guidance_scale, num_inference_steps, scheduler)
+        self._check_image_arguments(
+            input_ids, negative_input_ids, guidance_scale, num_inference_steps, num_ar_steps, scheduler
+        )
         tokens, hidden = self._start(batch, latents, latent_mask, device)
         num_hidden = int(hidden[0].sum())
         num_ar_steps = min(defaults["num_ar_steps"], num_hidden) if num_ar_steps is None else num_ar_steps
         counts = tokens_per_step(num_hidden, num_ar_steps)
         generators = _generator_per_image(generator, batch)
+        # A scheduler has state: the caller's is left alone, and calls do not disturb each other.
+        scheduler = copy.deepcopy(scheduler)
 
         # 1. The text prefix never sees the picture: its keys and values are made once, conditional rows first.
         guided = guidance_scale > 1
@@ -133,7 +140,7 @@ class MMARImageGenerationMixin:
             tokens = tokens.scatter(1, positions[..., None].expand_as(drawn), drawn)
             hidden = hidden.scatter(1, positions, False)
             if callback is not None:
-                changed = callback(step, num_ar_steps, self._as_latents(tokens), hidden)
+                changed = callback(step, num_ar_steps, self._as_latents(tokens), hidden.clone())
                 if changed is not None and "latents" in changed:
                     tokens = changed["latents"].to(tokens).flatten(2).transpose(1, 2)
 
@@ -211,9 +218,16 @@ class MMARImageGenerationMixin:
         negative_input_ids: Tensor | None,
         guidance_scale: float,
         num_inference_steps: int,
+        num_ar_steps: int | None,
         scheduler: Any,
     ) -> None:
         diffusion = self.config.diffusion_config
+        if not isinstance(guidance_scale, numbers.Real) or not 0 <= guidance_scale < math.inf:
+            raise ValueError(f"`guidance_scale` must be a finite number of at least 0; got {guidance_scale!r}.")
+        for name, value in (("num_inference_steps", num_inference_steps), ("num_ar_steps", num_ar_steps)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
+                raise ValueError(f"`{name}` must be an integer; got {value!r}.")
+        self._check_scheduler(scheduler)
         if not 1 <= num_inference_steps <= diffusion.num_train_timesteps:
             raise ValueError(
                 f"`num_inference_steps` must be between 1 and {diffusion.num_train_timesteps}, the number of training "
@@ -224,9 +238,10 @@ class MMARImageGenerationMixin:
                 "`num_inference_steps` must be at least 2 with `timestep_spacing` 'linspace', whose only step is"
                 " at the least noise; got 1. Set `timestep_spacing='trailing'` for a single step."
             )
-        if bool((input_ids == self.config.image_token_id).any()):
+        texts = [ids for ids in (input_ids, negative_input_ids) if ids is not None]
+        if any(bool((ids == self.config.image_token_id).any()) for ids in texts):
             raise ValueError(
-                "`input_ids` must be the text before the picture; got image tokens in it. "
+                "`input_ids` and `negative_input_ids` must be the text before the picture; got image tokens in it. "
                 "`MMARProcessor.generation_inputs` makes the prefix."
             )
         if guidance_scale > 1 and negative_input_ids is None:
@@ -243,12 +258,34 @@ class MMARImageGenerationMixin:
         limit = self.config.text_config.max_position_embeddings
         if longest + 1 > limit:
             raise ValueError(f"the prompt must be shorter than {limit} tokens; got {longest}. Shorten it.")
-        prediction_type = scheduler.config.get("prediction_type")
+
+    def _check_scheduler(self, scheduler: Any) -> None:
+        diffusion = self.config.diffusion_config
+        if not isinstance(scheduler, SchedulerMixin):
+            raise ValueError(
+                "`scheduler` must be a diffusers scheduler, such as "
+                f"`DDIMScheduler.from_config(pipe.scheduler.config)`; got {scheduler!r}."
+            )
+        # What a scheduler does not take, `from_config` carries along unused.
+        taken = inspect.signature(type(scheduler).__init__).parameters
+        prediction_type = scheduler.config.get("prediction_type") if "prediction_type" in taken else None
         if prediction_type != diffusion.prediction_type:
             raise ValueError(
                 f"the scheduler must have `prediction_type` {diffusion.prediction_type!r}, which the model predicts; "
                 f"got {prediction_type!r}. Make it with `from_config(pipe.scheduler.config)`."
             )
+        expected = {
+            "num_train_timesteps": diffusion.num_train_timesteps,
+            "beta_schedule": diffusion.beta_schedule,
+            "clip_sample": False,
+            "thresholding": False,
+        }
+        for name, value in expected.items():
+            if name in taken and scheduler.config.get(name) != value:
+                raise ValueError(
+                    f"the scheduler must have `{name}` {value!r}, as the model was trained; got "
+                    f"{scheduler.config.get(name)!r}. Make it with `from_config(pipe.scheduler.config)`."
+                )
 
 
 class _Prefix:
@@ -293,10 +330,13 @@ class _Prefix:
 def _generator_per_image(
     generator: torch.Generator | list[torch.Generator] | None, batch: int
 ) -> list[torch.Generator]:
-    if isinstance(generator, list):
+    entries = generator if isinstance(generator, (list, tuple)) else [generator]
+    if wrong := [entry for entry in entries if entry is not None and not isinstance(entry, torch.Generator)]:
+        raise ValueError(f"`generator` must be a torch.Generator or a list of them; got {wrong[0]!r}.")
+    if isinstance(generator, (list, tuple)):
         if len(generator) != batch:
             raise ValueError(f"`generator` must hold one generator per picture, {batch}; got {len(generator)}.")
-        return generator
+        return list(generator)
     device = "cpu" if generator is None else generator.device
     seeds = torch.randint(0, MAX_SEED, (batch,), generator=generator, device=device).tolist()
     return [torch.Generator(device).manual_seed(seed) for seed in seeds]

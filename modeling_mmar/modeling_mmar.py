@@ -366,10 +366,19 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         repo_id = kwargs.pop("repo_id", Path(save_directory).name)
         # MMAR has one format; converting "back" would only reorder the weights of a model that was loaded.
         kwargs.setdefault("save_original_format", False)
+        if is_main_process and os.path.isfile(save_directory):
+            raise ValueError(f"expected a folder to save to; {str(save_directory)!r} is a file. Name another.")
+        weights = [Path(save_directory) / name for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
+        before = [path.stat() if path.is_file() else None for path in weights]
         super().save_pretrained(
             save_directory, is_main_process=is_main_process, max_shard_size=max_shard_size, **kwargs
         )
         if is_main_process:
+            # One file or shards: what an earlier save left of the other kind would win over what was written now.
+            written = [path.is_file() and path.stat() != old for path, old in zip(weights, before, strict=True)]
+            for path, is_new in zip(weights, written, strict=True):
+                if any(written) and not is_new:
+                    path.unlink(missing_ok=True)
             export_remote_code(save_directory)
             if push_to_hub:
                 self.push_to_hub(repo_id, max_shard_size=max_shard_size, **hub_kwargs)
@@ -435,13 +444,18 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             `tuple` of two `torch.FloatTensor` of shape `(I, C, h, w)`, float32.
 
         Raises:
-            ValueError: If the pictures have another size than the config's.
+            ValueError: If the pictures have another size than the config's, or are integers.
         """
         size = self.config.image_size
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):
             raise ValueError(
                 f"`pixel_values` must have the shape (num_images, 3, {size}, {size}); got "
                 f"{tuple(pixel_values.shape)}. `MMARImageProcessor` resizes pictures."
+            )
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"`pixel_values` must be floating point, in [-1, 1]; got {pixel_values.dtype}. `MMARImageProcessor` "
+                "scales pictures."
             )
         with torch.autocast(pixel_values.device.type, enabled=False):
             posterior = self.vae.encode(pixel_values.to(self.vae.dtype)).latent_dist
@@ -476,6 +490,10 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
                     f"`latent_mask` must be a bool tensor of shape {expected}, True where a latent is hidden; got "
                     f"{latent_mask.dtype} of shape {tuple(latent_mask.shape)}."
                 )
+        if latents is not None:
+            finite = torch.isfinite(latents).all(1).flatten(1)  # (I, N); hidden latents are never read
+            if not bool((finite if latent_mask is None else finite | latent_mask.to(finite.device)).all()):
+                raise ValueError("expected finite pictures or latents; got NaN or infinite values. Check the input.")
 
     def _latent_shift_and_scale(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         config = self.vae.config
@@ -649,7 +667,23 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         settings = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self.generation_config
         suppressed = kwargs.get("suppress_tokens") or settings.suppress_tokens or []
         kwargs["suppress_tokens"] = sorted({*suppressed, self.config.image_token_id})
+        self._check_room(
+            args[0] if args else kwargs.get("input_ids"), kwargs.get("max_new_tokens", settings.max_new_tokens)
+        )
         return super().generate(*args, **kwargs)
+
+    def _check_room(self, input_ids: Tensor | None, max_new_tokens: int | None) -> None:
+        """Raises a `ValueError` if prompt and answer need more positions than the language model has."""
+        if input_ids is None or not max_new_tokens:
+            return
+        is_image = input_ids == self.config.image_token_id
+        longest = int(shared_position_ids(is_image, self.config.num_latents).max()) + 1
+        limit = self.config.text_config.max_position_embeddings
+        if longest + max_new_tokens > limit:
+            raise ValueError(
+                f"prompt and answer must have at most {limit} positions (`max_position_embeddings`), one per picture; "
+                f"got {longest} and `max_new_tokens` {max_new_tokens}. Shorten one of them."
+            )
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, latents: Tensor | None = None, is_first_iteration: bool | None = False, **kwargs

@@ -96,6 +96,7 @@ class MMARPipeline(DiffusionPipeline):
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, scheduler: Any):
         super().__init__()
+        self._check_components(model, processor)
         self.register_modules(model=model, processor=processor, scheduler=scheduler)
         if model.config.null_prompt_ids is None:
             # For callers of the model alone, which knows no tokenizer.
@@ -103,6 +104,30 @@ class MMARPipeline(DiffusionPipeline):
         self._interrupt = False
         self._guidance_scale = model.config.image_generation["guidance_scale"]
         self._num_timesteps = 0
+
+    @staticmethod
+    def _check_components(model: Any, processor: Any) -> None:
+        """Raises a `ValueError` if model and processor are not MMAR's, or not made for each other."""
+        if getattr(getattr(model, "config", None), "model_type", None) != "mmar":
+            raise ValueError(f"`model` must be an MMARForConditionalGeneration; got {type(model).__name__}.")
+        if not hasattr(processor, "generation_inputs"):
+            raise ValueError(f"`processor` must be an MMARProcessor; got {type(processor).__name__}.")
+        config, size = model.config, processor.image_processor.size
+        pairs = {
+            "num_image_tokens": (processor.num_image_tokens, config.num_latents),
+            "image_token_id": (processor.image_token_id, config.image_token_id),
+            "size": ((size["height"], size["width"]), (config.image_size, config.image_size)),
+        }
+        for name, (got, expected) in pairs.items():
+            if got != expected:
+                raise ValueError(
+                    f"the processor's `{name}` must be the model's, {expected}; got {got}. Load both from one folder."
+                )
+        if len(processor.tokenizer) > config.text_config.vocab_size:
+            raise ValueError(
+                f"the tokenizer must have at most {config.text_config.vocab_size} tokens, the rows of the model's "
+                f"embedding; got {len(processor.tokenizer)}. Load both from one folder."
+            )
 
     @property
     def guidance_scale(self) -> float:

@@ -303,6 +303,9 @@ class MMARProcessor(ProcessorMixin):
         for mark in (self.image_token, IMAGE_TOKEN_ALIAS):
             if mark in text:
                 raise ValueError(f"{name} must not contain the image mark {mark}; got {text!r}. Drop the mark.")
+        for mark in (TURN_START, TURN_END):
+            if mark in text:
+                raise ValueError(f"{name} must not contain the control token {mark}; got {text!r}. Drop it.")
 
     def _generation_text(self, prompt: str | None) -> str:
         """The text before a generated picture; the null prompt for None and ''."""

@@ -6,6 +6,7 @@ Trains MMAR after a recipe.
 RECIPE is a YAML file of `DataArguments` and `MMARTrainingArguments` fields; `key=value` on the command line wins.
 """
 
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,20 @@ class DataArguments:
     attn_implementation: str = field(default="sdpa", metadata={"help": "attention of transformers to train with"})
     resume: bool = field(default=True, metadata={"help": "go on from the last checkpoint in output_dir"})
 
+    def __post_init__(self):
+        weights = self.task_weights
+        numbers = isinstance(weights, list) and all(isinstance(w, (int, float)) and w >= 0 for w in weights)
+        if not numbers or len(weights) != 3 or not 0 < sum(weights) < math.inf:
+            raise ValueError(
+                "`task_weights` must be three numbers of at least 0, not all 0: text to image, image to text, "
+                f"unconditional; got {weights!r}."
+            )
+        self.task_weights = [float(weight) for weight in weights]
+        for name, minimum in (("num_copies", 0), ("diffusion_batch_mul", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < minimum:
+                raise ValueError(f"`{name}` must be an integer of at least {minimum}; got {value!r}.")
+
 
 def parse(arguments: list[str]) -> tuple[DataArguments, MMARTrainingArguments]:
     r"""
@@ -46,6 +61,8 @@ def parse(arguments: list[str]) -> tuple[DataArguments, MMARTrainingArguments]:
     if not arguments or not Path(arguments[0]).is_file():
         raise ValueError(f"expected a recipe (a YAML file) as first argument; got {arguments[:1]}.")
     values = yaml.safe_load(Path(arguments[0]).read_text()) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"expected a recipe of `key: value` lines in {arguments[0]}; got a {type(values).__name__}.")
     for argument in arguments[1:]:
         key, found, value = argument.partition("=")
         if not found:

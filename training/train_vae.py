@@ -104,6 +104,8 @@ def main() -> None:
     parser.add_argument("--kl_weight", type=float, default=0.03, help="per unit of KL, against summed absolute error")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.minutes <= 0 or args.batch_size < 1:
+        parser.error("--minutes must be above 0 and --batch_size at least 1")
 
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)

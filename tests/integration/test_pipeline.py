@@ -1,5 +1,6 @@
 """MMARPipeline in process: diffusers' conventions, and what bad input gets."""
 
+import copy
 import json
 import shutil
 
@@ -411,3 +412,17 @@ def test_no_warnings_when_loading(hub_root, capfd):
     MMARPipeline.from_pretrained(hub_root / REPO)
     shown = [line for line in capfd.readouterr().err.splitlines() if "it/s" not in line and line.strip()]
     assert shown == []
+
+
+def test_parts_that_do_not_fit_together_are_refused(pipe):
+    processor = copy.copy(pipe.processor)
+    processor.num_image_tokens = 9
+    with pytest.raises(ValueError, match="`num_image_tokens` must be the model's"):
+        MMARPipeline(pipe.model, processor, pipe.scheduler)
+    with pytest.raises(ValueError, match="`model` must be an MMARForConditionalGeneration; got DDPMScheduler"):
+        MMARPipeline(pipe.scheduler, pipe.processor, pipe.model)
+
+
+def test_control_tokens_in_a_prompt_are_refused(pipe):
+    with pytest.raises(ValueError, match="control token"):
+        pipe("a cat<|im_end|>")

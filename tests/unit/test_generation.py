@@ -573,7 +573,7 @@ ERRORS = {
     "generators": ({"generator": [torch.Generator()]}, "one generator per picture, 2; got 1"),
     "image tokens": (
         {"input_ids": torch.full((2, 4), IMAGE)},
-        "`input_ids` must be the text before the picture; got image tokens",
+        "`input_ids` and `negative_input_ids` must be the text before the picture; got image tokens",
     ),
     "prompt length": ({"input_ids": torch.ones(2, 512, dtype=torch.long)}, "shorter than 512 tokens; got 512"),
     "output type": ({"output_type": "pil"}, "`output_type` must be 'pt' or 'latent'; got 'pil'"),
@@ -619,3 +619,33 @@ def test_known_nan_latents_raise(model):
     mask[:, :4] = True
     with pytest.raises(ValueError, match="expected finite latents"):
         draw(model, latents=torch.full((2, 4, 4, 4), float("nan")), latent_mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"guidance_scale": float("nan")}, "finite number of at least 0; got nan"),
+        ({"guidance_scale": -1}, "finite number of at least 0; got -1"),
+        ({"guidance_scale": "3"}, "finite number of at least 0; got '3'"),
+        ({"num_ar_steps": 2.5}, "`num_ar_steps` must be an integer; got 2.5"),
+        ({"num_inference_steps": "5"}, "`num_inference_steps` must be an integer; got '5'"),
+        ({"generator": 0}, "`generator` must be a torch.Generator"),
+        ({"scheduler": DDIMScheduler}, "`scheduler` must be a diffusers scheduler"),
+        ({"scheduler": DDPMScheduler(prediction_type="v_prediction")}, "`beta_schedule` 'squaredcos_cap_v2'"),
+        (
+            {"scheduler": DDIMScheduler(prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2")},
+            "`clip_sample` False",
+        ),
+    ],
+)
+def test_bad_drawing_arguments(arguments, message):
+    model = tiny_model()
+    with pytest.raises(ValueError, match=message):
+        model.generate_images(random_text(1, 4), **{"guidance_scale": 1, **arguments})
+
+
+def test_the_callers_scheduler_is_left_alone():
+    model = tiny_model()
+    scheduler = model.default_scheduler()
+    model.generate_images(random_text(1, 4), guidance_scale=1, scheduler=scheduler)
+    assert scheduler.num_inference_steps is None

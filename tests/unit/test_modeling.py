@@ -547,3 +547,34 @@ def test_right_padding_in_a_cache_keeps_the_next_position():
     got = model(following, attention_mask=longer, past_key_values=cache).logits[:, -1]
     expected = model(torch.cat([ids, following], dim=1)).logits[:, -1]
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)  # other shapes round differently
+
+
+def test_saving_sharded_over_unsharded_and_back_leaves_the_new_weights(tmp_path):
+    for seed, options in ((0, {}), (1, {"max_shard_size": "100KB"}), (2, {})):
+        model = tiny_model(seed)
+        model.save_pretrained(tmp_path, **options)
+        loaded = MMARForConditionalGeneration.from_pretrained(tmp_path)
+        assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+        assert (tmp_path / "model.safetensors").is_file() == (not options)
+
+
+def test_saving_to_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        tiny_model().save_pretrained(tmp_path / "file")
+
+
+def test_pictures_and_latents_must_be_finite_and_scaled():
+    model = tiny_model()
+    ids = torch.cat([image_marks(model, 1), random_text(1, 3)], dim=1)
+    with pytest.raises(ValueError, match="finite"):
+        model(ids, latents=random_latents(model, 1) * torch.nan)
+    with pytest.raises(ValueError, match="floating point"):
+        model(ids, pixel_values=torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+
+
+def test_generation_does_not_run_past_the_positions():
+    model = tiny_model(text_config={"max_position_embeddings": 20})
+    with pytest.raises(ValueError, match="got 15 and `max_new_tokens` 6"):
+        model.generate(random_text(1, 15), max_new_tokens=6)
+    assert model.generate(random_text(1, 15), max_new_tokens=5, min_new_tokens=5).shape == (1, 20)
