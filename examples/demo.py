@@ -48,6 +48,8 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 
+    if not CHECKPOINT.is_dir():
+        parser.exit(1, f"{CHECKPOINT.relative_to(ROOT)} is not there; `make train-tiny` trains it.\n")
     pipe = MMARPipeline.from_pretrained(CHECKPOINT)
     seen, unseen = read_rows(DATA / "train.parquet"), read_rows(DATA / "test.parquet")
 
