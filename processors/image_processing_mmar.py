@@ -37,9 +37,9 @@ class MMARImageProcessorKwargs(TypedDict, total=False):
 URL_TIMEOUT = 10.0  # seconds without an answer
 
 
-def _shorten(text: str, length: int = 80) -> str:
-    """The beginning of a string, for error messages."""
-    return text if len(text) <= length else text[:length] + "..."
+def _shorten(text: str, head: int = 30, tail: int = 60) -> str:
+    """A string for error messages, without its middle if it is long: a path ends with the file's name."""
+    return text if len(text) <= head + tail else f"{text[:head]}...{text[-tail:]}"
 
 
 def _open_picture(source: str | bytes | os.PathLike) -> Image.Image:
