@@ -43,6 +43,8 @@ QWEN2_0_5B_CONFIG = {
 PAPER_IMAGE_GENERATION = {"num_ar_steps": 256, "num_inference_steps": 100, "guidance_scale": 10.0}
 
 PREDICTION_TYPES = ("v_prediction", "epsilon")
+# Labels of tokens that carry no text loss; the index that torch's cross entropy ignores.
+IGNORE_INDEX = -100
 
 # Where transformers finds MMAR's code in a folder or repository.
 AUTO_MAP = {

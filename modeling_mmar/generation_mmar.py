@@ -47,7 +47,7 @@ class MMARImageGenerationMixin:
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         latent_mask: Tensor | None = None,
-        callback: Callable[[int, int, Tensor, Tensor], None] | None = None,
+        callback: Callable[[int, int, Tensor, Tensor], dict[str, Any] | None] | None = None,
         output_type: str = "pt",
         **kwargs,
     ) -> Tensor:
@@ -74,7 +74,7 @@ class MMARImageGenerationMixin:
                 picture. Defaults to everywhere.
             callback (`Callable`, *optional*): Called after each round with its index, the number of rounds, the
                 partial latents `(B, C, h, w)` and the mask `(B, N)` of what is still hidden. It may return a dict with
-                "latents" to go on with.
+                "latents" to go on with, and "interrupt", True to stop here.
             output_type (`str`, *optional*, defaults to `"pt"`): "pt" for pictures, "latent" for latents.
 
         Returns:
@@ -140,9 +140,11 @@ class MMARImageGenerationMixin:
             tokens = tokens.scatter(1, positions[..., None].expand_as(drawn), drawn)
             hidden = hidden.scatter(1, positions, False)
             if callback is not None:
-                changed = callback(step, num_ar_steps, self._as_latents(tokens), hidden.clone())
-                if changed is not None and "latents" in changed:
-                    tokens = changed["latents"].to(tokens).flatten(2).transpose(1, 2)
+                partial = self._as_latents(tokens)
+                changed = _checked_changes(callback(step, num_ar_steps, partial, hidden.clone()), partial)
+                tokens = changed["latents"].to(tokens).flatten(2).transpose(1, 2)
+                if changed["interrupt"]:
+                    break
 
         latents = self._as_latents(tokens)
         if not bool(torch.isfinite(latents).all()):
@@ -340,6 +342,24 @@ def _generator_per_image(
     device = "cpu" if generator is None else generator.device
     seeds = torch.randint(0, MAX_SEED, (batch,), generator=generator, device=device).tolist()
     return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+
+def _checked_changes(changed: Any, partial: Tensor) -> dict[str, Any]:
+    """What a callback returned, completed: "latents" of the shape of `partial`, and "interrupt"."""
+    changed = {} if changed is None else changed
+    if not isinstance(changed, dict):
+        raise ValueError(
+            f"the callback must return None or a dict; got {type(changed).__name__}. Return the `callback_kwargs` that"
+            " it was given."
+        )
+    latents = changed.get("latents", partial)
+    if not isinstance(latents, Tensor) or latents.shape != partial.shape:
+        got = f"{tuple(latents.shape)}" if isinstance(latents, Tensor) else type(latents).__name__
+        raise ValueError(
+            f"the callback must return latents as a tensor of the shape {tuple(partial.shape)} that it was given; got "
+            f"{got}."
+        )
+    return {"latents": latents, "interrupt": bool(changed.get("interrupt", False))}
 
 
 def _stack_left_padded(

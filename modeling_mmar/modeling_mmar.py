@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
@@ -21,15 +22,12 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, ModelOutput
 
 from ..conversion.hub_mmar import export_remote_code
-from .configuration_mmar import MMARConfig
+from .configuration_mmar import IGNORE_INDEX, MMARConfig
 from .diffusion_mmar import MMARDiffusionLinear, MMARDiffusionMLP, cosine_alphas_cumprod, diffusion_loss
 from .embedding_vit_mmar import MMAREmbeddingViT, MMARLatentEncoder
 from .generation_mmar import MMARImageGenerationMixin
 from .masking_mmar import cached_position_ids, image_block_ids, shared_position_ids
 from .plora_mmar import MMARQwen2Model
-
-
-IGNORE_INDEX = -100
 
 
 @dataclass
@@ -553,9 +551,19 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             `MMARCausalLMOutputWithPast`
 
         Raises:
-            ValueError: If both pictures and latents are given, their shapes are wrong, or image tokens and pictures do
-                not match in number.
+            ValueError: If both pictures and latents are given, an input is no tensor, shapes are wrong, or image
+                tokens and pictures do not match in number.
         """
+        tensors = {
+            "input_ids": input_ids,
+            "inputs_embeds": inputs_embeds,
+            "pixel_values": pixel_values,
+            "latents": latents,
+            "latent_mask": latent_mask,
+            "image_token_mask": image_token_mask,
+            "labels": labels,
+        }
+        _check_tensors(tensors)
         if pixel_values is not None and latents is not None:
             raise ValueError("expected at most one of `pixel_values` and `latents`; pass one of them.")
 
@@ -761,8 +769,34 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         return input_ids, model_kwargs
 
 
+def _check_tensors(tensors: dict[str, Any]) -> None:
+    """Raises a `ValueError` if an input is neither a tensor nor None, or ids or masks have no row and column."""
+    for name, value in tensors.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise ValueError(
+                f"`{name}` must be a torch tensor; got {type(value).__name__}. `MMARProcessor` makes tensors with "
+                '`return_tensors="pt"`.'
+            )
+    for name in ("input_ids", "image_token_mask", "labels"):
+        value = tensors[name]
+        if value is not None and value.ndim != 2:
+            raise ValueError(f"`{name}` must have the shape (B, L); got {tuple(value.shape)}. Add the batch axis.")
+    ids, labels = tensors["input_ids"], tensors["labels"]
+    if ids is not None and (ids.is_floating_point() or ids.dtype == torch.bool):
+        raise ValueError(f"`input_ids` must be integers; got {ids.dtype}.")
+    inputs = ids if ids is not None else tensors["inputs_embeds"]
+    if labels is not None and inputs is not None and labels.shape != inputs.shape[:2]:
+        raise ValueError(
+            f"`labels` must have the shape {tuple(inputs.shape[:2])} of the inputs, -100 where nothing is predicted; "
+            f"got {tuple(labels.shape)}."
+        )
+
+
 def _check_weights_files(folder: Path) -> None:
-    """Raises a `ValueError` if a local folder with a config lacks weights files; others are none of its business."""
+    """
+    Raises a `ValueError` if a local folder with a config lacks weights files, or one was not written or copied whole;
+    other folders are none of its business.
+    """
     if not (folder / "config.json").is_file():
         return
     index = folder / SAFE_WEIGHTS_INDEX_NAME
@@ -775,6 +809,15 @@ def _check_weights_files(folder: Path) -> None:
             f"expected the weights files {', '.join(expected)} in {str(folder)!r}; {', '.join(missing)} missing. Copy "
             "the folder whole, or save the model again."
         )
+    for name in expected:
+        try:
+            with safe_open(folder / name, framework="pt"):
+                pass  # reads the header, and compares it with the file's size
+        except SafetensorError as error:
+            raise ValueError(
+                f"expected whole safetensors in {str(folder / name)!r}; got a broken or truncated file ({error}). "
+                "Copy or download it again."
+            ) from error
 
 
 __all__ = [

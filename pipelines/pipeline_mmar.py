@@ -60,14 +60,6 @@ class MMARProcessorLoader(ProcessorMixin):
 LOADERS = {"model": MMARModelLoader, "processor": MMARProcessorLoader}
 
 
-class _Interrupted(Exception):
-    """Leaves the image loop with the latents drawn so far."""
-
-    def __init__(self, latents: Tensor):
-        super().__init__()
-        self.latents = latents
-
-
 class MMARPipeline(DiffusionPipeline):
     r"""
     Draws pictures from text with MMAR.
@@ -274,38 +266,29 @@ class MMARPipeline(DiffusionPipeline):
             self.model._hf_hook.pre_forward(self.model)
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
 
-            def on_step_end(step: int, num_steps: int, partial: Tensor, mask: Tensor) -> dict[str, Tensor] | None:
+            def on_step_end(step: int, num_steps: int, partial: Tensor, mask: Tensor) -> dict[str, Any] | None:
                 progress_bar.update()
                 changed = None
                 if callback_on_step_end is not None:
                     values = {"latents": partial, "latent_mask": mask}
                     callback_kwargs = {name: values[name] for name in callback_on_step_end_tensor_inputs}
-                    changed = callback_on_step_end(self, step, step, callback_kwargs) or {}
-                    partial = changed.get("latents", partial)
-                    if partial.shape != values["latents"].shape:
-                        raise ValueError(
-                            f"`callback_on_step_end` must return latents of the shape {tuple(values['latents'].shape)}"
-                            f" that it was given; got {tuple(partial.shape)}."
-                        )
-                if self.interrupt:
-                    raise _Interrupted(partial)
+                    changed = callback_on_step_end(self, step, step, callback_kwargs)
+                if self.interrupt and isinstance(changed, dict | None):
+                    changed = {**(changed or {}), "interrupt": True}
                 return changed
 
-            try:
-                drawn = self.model.generate_images(
-                    **inputs,
-                    guidance_scale=self._guidance_scale,
-                    num_ar_steps=self._num_timesteps,
-                    num_inference_steps=num_inference_steps,
-                    scheduler=self.scheduler,
-                    generator=list(generator) if isinstance(generator, tuple) else generator,
-                    latents=None if latents is None else latents.to(device),
-                    latent_mask=None if latent_mask is None else latent_mask.to(device),
-                    callback=on_step_end,
-                    output_type="latent",
-                )
-            except _Interrupted as interrupted:
-                drawn = interrupted.latents
+            drawn = self.model.generate_images(
+                **inputs,
+                guidance_scale=self._guidance_scale,
+                num_ar_steps=self._num_timesteps,
+                num_inference_steps=num_inference_steps,
+                scheduler=self.scheduler,
+                generator=list(generator) if isinstance(generator, tuple) else generator,
+                latents=None if latents is None else latents.to(device),
+                latent_mask=None if latent_mask is None else latent_mask.to(device),
+                callback=on_step_end,
+                output_type="latent",
+            )
 
         # 4. Latents to pictures.
         images = drawn

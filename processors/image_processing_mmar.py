@@ -258,7 +258,7 @@ class MMARImageProcessor(BaseImageProcessor):
 
     def flatten_images(self, images: Any) -> list[Any]:
         r"""
-        Flattens (nested) lists and batched arrays into a list of single pictures, in order. `None` counts as none.
+        Flattens (nested) lists and batched arrays into a list of single pictures, in order. None alone is none.
 
         Args:
             images: One picture or (nested) lists of pictures.
@@ -269,7 +269,8 @@ class MMARImageProcessor(BaseImageProcessor):
         if images is None:
             return []
         if isinstance(images, (list, tuple)):
-            return [image for entry in images for image in self.flatten_images(entry)]
+            # A None among pictures stays, and is refused later: dropping it would shift those after it.
+            return [image for entry in images for image in ([None] if entry is None else self.flatten_images(entry))]
         if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
             return list(images)
         return [images]
@@ -463,12 +464,6 @@ class MMARImageProcessor(BaseImageProcessor):
         if output_type == "np":
             return arrays
         return [Image.fromarray(array) for array in np.rint(arrays * 255).astype(np.uint8)]
-
-    def post_process_images(
-        self, pixel_values: torch.Tensor | np.ndarray | list[torch.Tensor], output_type: str = "pil"
-    ) -> list[Image.Image] | np.ndarray | torch.Tensor:
-        """Another name of `postprocess`."""
-        return self.postprocess(pixel_values, output_type=output_type)
 
 
 __all__ = ["MMARImageProcessor"]

@@ -12,6 +12,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
+from ..modeling_mmar.configuration_mmar import IGNORE_INDEX
 from .image_processing_mmar import MMARImageProcessor, MMARImageProcessorKwargs
 
 
@@ -20,9 +21,7 @@ IMAGE_TOKEN = "<|image|>"
 # LLaVA's mark, read as the image token.
 IMAGE_TOKEN_ALIAS = "<image>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
-# Labels of tokens that carry no text loss; the index that torch's cross entropy ignores.
-IGNORE_INDEX = -100
-TASKS = ("t2i", "uncond", "i2t")
+TASKS = ("t2i", "i2t", "uncond")
 # How a tokenizer was loaded; transformers would write it into tokenizer_config.json.
 LOADING_KWARGS = ("is_local", "local_files_only")
 
@@ -175,7 +174,8 @@ class MMARProcessor(ProcessorMixin):
 
         Args:
             images (*optional*): One picture, a list, or one list per text; see `MMARImageProcessor` for what a picture
-                may be. A flat list is given to the marks in order of occurrence.
+                may be. A flat list is given to the marks in order of occurrence; a list with None has one entry per
+                text, None where it has no picture.
             text (`str` or `list[str]`, *optional*): Text with one `image_token` or `<image>` per picture.
             videos, audio: Not supported; part of the signature of transformers' processors.
             **kwargs: Arguments of the tokenizer and of `MMARImageProcessor`, such as `return_tensors`, `padding`
@@ -191,8 +191,13 @@ class MMARProcessor(ProcessorMixin):
                 longer than `tokenizer.model_max_length`, if truncation would cut into a picture, or if a picture is
                 bad.
         """
-        if isinstance(images, (list, tuple)) and not self.image_processor.flatten_images(images):
-            images = None  # no picture in any row
+        if isinstance(images, (list, tuple)):
+            if any(entry is None for entry in images):
+                # One entry per text, None where there is no picture: never shifted to the next mark.
+                images = [list(entry) if isinstance(entry, (list, tuple)) else [entry] for entry in images]
+                images = [[] if entry == [None] else entry for entry in images]
+            if not self.image_processor.flatten_images(images):
+                images = None  # no picture in any row
         features = super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
         if "input_ids" in features:
             for row, length in enumerate(self._row_lengths(features)):
@@ -220,6 +225,9 @@ class MMARProcessor(ProcessorMixin):
             raise ValueError("MMAR reads text and pictures; got videos or audio. Drop them.")
         if isinstance(text, str):
             text = [text]
+        if text is not None and (not isinstance(text, (list, tuple)) or len(text) == 0):
+            got = "an empty list" if isinstance(text, (list, tuple)) else type(text).__name__
+            raise ValueError(f"`text` must be a string or a list of at least one string; got {got}.")
         # Sanitized text is the user's own: only the template may place pictures then.
         if text is not None and not kwargs.get("sanitize_control_tokens"):
             text = [t.replace(IMAGE_TOKEN_ALIAS, self.image_token) if isinstance(t, str) else t for t in text]
@@ -293,6 +301,26 @@ class MMARProcessor(ProcessorMixin):
         """Image tokens for pictures of the given sizes; serving engines ask for it."""
         count = len(image_sizes or [])
         return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
+
+    # Chats
+
+    def apply_chat_template(self, conversation: list[dict] | list[list[dict]], *args, **kwargs):
+        r"""
+        Renders chats and, with `tokenize=True`, makes model inputs; see `ProcessorMixin.apply_chat_template`.
+
+        Args:
+            conversation (`list[dict]` or `list[list[dict]]`): One chat or several: messages with `role` and `content`,
+                a string or a list of `{"type": "text", "text": ...}` and `{"type": "image", "url": ...}`.
+            *args, **kwargs: Those of transformers.
+
+        Returns:
+            `str`, `list[str]` or, tokenized, `BatchFeature`.
+
+        Raises:
+            ValueError: If a chat is not built so; the message names the place.
+        """
+        _check_conversation(conversation)
+        return super().apply_chat_template(conversation, *args, **kwargs)
 
     # Prompts of the tasks
 
@@ -518,10 +546,49 @@ class MMARProcessor(ProcessorMixin):
         image_names = set(MMARImageProcessorKwargs.__annotations__)
         tokenizer_kwargs = {name: value for name, value in kwargs.items() if name not in image_names}
         # With an empty config the tokenizer's own files decide its class, and config.json is not opened.
-        tokenizer = AutoTokenizer.from_pretrained(
-            pretrained_model_name_or_path, config=PreTrainedConfig(), trust_remote_code=False, **tokenizer_kwargs
-        )
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                pretrained_model_name_or_path, config=PreTrainedConfig(), trust_remote_code=False, **tokenizer_kwargs
+            )
+        except OSError:
+            raise  # names what is missing
+        except Exception as error:  # tokenizers raises nothing narrower for a broken file
+            raise ValueError(
+                f"expected whole tokenizer files (tokenizer.json, tokenizer_config.json) in "
+                f"{str(pretrained_model_name_or_path)!r}; they cannot be read ({error}). Copy or download them again."
+            ) from error
         return [MMARImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs), tokenizer]
+
+
+def _check_conversation(conversation: Any) -> None:
+    """Raises a `ValueError` that names the first message that is not one."""
+    if not isinstance(conversation, (list, tuple)) or len(conversation) == 0:
+        got = "an empty list" if isinstance(conversation, (list, tuple)) else type(conversation).__name__
+        raise ValueError(
+            'A chat must be a list of messages, {"role": "user", "content": ...}, or a list of such lists; '
+            f"got {got}."
+        )
+    if isinstance(conversation[0], (list, tuple)):
+        for chat in conversation:
+            _check_conversation(chat)
+        return
+    for index, message in enumerate(conversation):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
+            raise ValueError(f"Message {index} must be a dict with `role`, a string, and `content`; got {message!r}.")
+        content = message["content"]
+        if isinstance(content, str):
+            continue
+        if not isinstance(content, (list, tuple)):
+            raise ValueError(
+                f"The content of message {index} must be a string or a list of dicts; got {type(content).__name__}."
+            )
+        for item in content:
+            kind = item.get("type") if isinstance(item, dict) else None
+            if kind is None or (kind == "text" and not isinstance(item.get("text"), str)):
+                raise ValueError(
+                    f'The content of message {index} must hold dicts such as {{"type": "text", "text": "..."}} and '
+                    f'{{"type": "image", "url": "..."}}; got {item!r}.'
+                )
 
 
 __all__ = ["MMARProcessor"]

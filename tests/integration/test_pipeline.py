@@ -165,6 +165,15 @@ def test_interrupt_returns_what_is_drawn(pipe):
     assert torch.isfinite(latents(pipe, PROMPT, generator=seeded())).all() and not pipe.interrupt
 
 
+def test_interrupt_keeps_the_latents_that_the_callback_changed(pipe):
+    def callback(pipeline, step, timestep, callback_kwargs):
+        pipeline._interrupt = True
+        return {"latents": torch.ones_like(callback_kwargs["latents"])}
+
+    drawn = latents(pipe, PROMPT, generator=seeded(), callback_on_step_end=callback)
+    assert torch.equal(drawn, torch.ones_like(drawn))
+
+
 def test_progress_bar(capfd):
     pipe = make_pipeline()
     pipe.set_progress_bar_config(desc="drawing")
@@ -250,7 +259,12 @@ def test_offloading_without_an_accelerator():
         ({"num_inference_steps": 0}, "`num_inference_steps` must be between 1 and 1000"),
         ({"num_inference_steps": 1001}, "`num_inference_steps` must be between 1 and 1000"),
         ({"latents": torch.zeros(1, 4, 4, 4)}, "`latents` and `latent_mask` together"),
-        ({"callback_on_step_end": lambda *args: {"latents": torch.zeros(1)}}, "must return latents of the shape"),
+        (
+            {"callback_on_step_end": lambda *args: {"latents": torch.zeros(1)}},
+            "must return latents as a tensor of the shape",
+        ),
+        ({"callback_on_step_end": lambda *args: 5}, "must return None or a dict; got int"),
+        ({"callback_on_step_end": lambda *args: {"latents": [0.0]}}, "that it was given; got list"),
         (
             {"callback_on_step_end": lambda pipe, step, _, values: {"latents": values["latents"] * torch.nan}},
             "expected finite latents",
@@ -294,6 +308,22 @@ def test_folder_without_a_shard(pipe, tmp_path):
     shard.unlink()
     with pytest.raises(ValueError, match=f"; {shard.name} missing"):
         MMARPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 1000, -1])
+def test_truncated_weights(folder, keep):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:keep])
+    with pytest.raises(ValueError, match="expected whole safetensors in .*model.safetensors.* broken or truncated"):
+        MMARPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_truncated_tokenizer(folder, name):
+    text = (folder / name).read_text()
+    (folder / name).write_text(text[: len(text) // 2])
+    with pytest.raises(ValueError, match="expected whole tokenizer files .* cannot be read"):
+        MMARPipeline.from_pretrained(folder)
 
 
 def test_weights_without_a_tensor(folder):

@@ -327,7 +327,7 @@ def test_round_trip_of_every_byte(processor):
     values = pixels(processor, array, size=16)
     assert np.array_equal(np.asarray(processor.postprocess(values)[0]), array)
     np.testing.assert_allclose(processor.postprocess(values, "np")[0], array / 255, rtol=0, atol=1e-7)
-    tensor = processor.post_process_images(values, output_type="pt")
+    tensor = processor.postprocess(values, output_type="pt")
     assert tensor.shape == (1, 3, 16, 16)
     # The float output goes back in without loss.
     torch.testing.assert_close(pixels(processor, tensor, size=16), values, rtol=0, atol=2e-7)

@@ -508,6 +508,22 @@ def test_wrong_latents_and_masks(model):
             model(ids, latents=torch.zeros(1, 4, 4, 4), latent_mask=mask)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"input_ids": [[1, 2]]}, "`input_ids` must be a torch tensor; got list"),
+        ({"input_ids": torch.ones(1, 2), "labels": None}, "`input_ids` must be integers; got torch.float32"),
+        ({"input_ids": torch.ones(2, dtype=torch.long)}, r"`input_ids` must have the shape \(B, L\); got \(2,\)"),
+        ({"input_ids": random_text(1, 4), "labels": random_text(1, 3)}, r"`labels` must have the shape \(1, 4\)"),
+        ({"input_ids": random_text(1, 4), "pixel_values": [1.0]}, "`pixel_values` must be a torch tensor; got list"),
+        ({"input_ids": random_text(1, 4), "latent_mask": True}, "`latent_mask` must be a torch tensor; got bool"),
+    ],
+)
+def test_inputs_of_another_kind(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        model(**arguments)
+
+
 def test_ids_or_embeddings(model):
     ids = random_text(1, 4)
     for arguments in ({}, {"input_ids": ids, "inputs_embeds": torch.zeros(1, 4, 64)}):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mmar.processors import image_processing_mmar, processing_mmar
+from mmar.conversion.hub_mmar import export_remote_code
 from mmar.processors.image_processing_mmar import MMARImageProcessor
 from mmar.processors.processing_mmar import CHAT_TEMPLATE, MMARProcessor
 
@@ -129,6 +128,37 @@ def test_token_type_ids_are_dropped():
 def test_marks_must_match_pictures(processor, images, text, message):
     with pytest.raises(ValueError, match=message):
         processor(images, text)
+
+
+def test_none_among_pictures_is_a_text_without_one(processor):
+    features = processor([RED, None, BLUE], ["<image>", "text", "<image>"], return_tensors="pt")
+    expected = processor([[RED], [], [BLUE]], ["<image>", "text", "<image>"], return_tensors="pt")
+    assert torch.equal(features["pixel_values"], expected["pixel_values"])
+    assert torch.equal(features["input_ids"], expected["input_ids"])
+    with pytest.raises(ValueError, match="row 1 has 1 marks and 0 pictures"):
+        processor([RED, None], ["<image>", "<image>"])
+
+
+@pytest.mark.parametrize(
+    ("chat", "message"),
+    [
+        ("hello", "A chat must be a list of messages.*got str"),
+        ([], "A chat must be a list of messages.*got an empty list"),
+        ([[]], "A chat must be a list of messages.*got an empty list"),
+        (["hello"], "Message 0 must be a dict with `role`"),
+        ([user("a"), {"content": "b"}], "Message 1 must be a dict with `role`"),
+        ([{"role": "user"}], "Message 0 must be a dict with `role`, a string, and `content`"),
+        ([{"role": "user", "content": 3}], "content of message 0 must be a string or a list of dicts; got int"),
+        ([{"role": "user", "content": ["a"]}], "content of message 0 must hold dicts"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "content of message 0 must hold dicts"),
+        ([{"role": "user", "content": [{"type": "video", "url": "a"}]}], "'text' and 'image'; got 'video'"),
+    ],
+)
+def test_bad_chats(processor, chat, message):
+    with pytest.raises(Exception, match=message) as info:
+        processor.apply_chat_template(chat)
+    # The template's own refusal is jinja's.
+    assert isinstance(info.value, ValueError) or "video" in message
 
 
 def test_other_modalities_are_refused(processor):
@@ -294,7 +324,7 @@ def test_training_examples(processor):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"task": "vqa", "text": "a"}, "t2i, uncond, i2t"),
+        ({"task": "vqa", "text": "a"}, "t2i, i2t, uncond"),
         ({"task": "t2i"}, "must be a string"),
         ({"task": "t2i", "text": ""}, "must not be empty"),
         ({"task": "i2t", "text": "a <image>"}, "image mark"),
@@ -419,11 +449,17 @@ assert AutoImageProcessor.from_pretrained("folder", trust_remote_code=True).size
 """
 
 
+# The processor's own file and what it imports.
+PROCESSOR_FILES = {"configuration_mmar.py", "image_processing_mmar.py", "processing_mmar.py"}
+
+
 def test_remote_code(processor, tmp_path):
     """Saved with its code, opened in a fresh process with one flag and no further question, and saved again."""
     processor.save_pretrained(tmp_path / "folder")
-    for module in (image_processing_mmar, processing_mmar):
-        shutil.copy(module.__file__, tmp_path / "folder")
+    export_remote_code(tmp_path / "folder")
+    for file in (tmp_path / "folder").glob("*.py"):
+        if file.name not in PROCESSOR_FILES:
+            file.unlink()
     # A model type that only remote code knows must not keep the tokenizer from loading.
     config = {"model_type": "mmar", "auto_map": {"AutoConfig": "configuration_mmar.MMARConfig"}}
     (tmp_path / "folder" / "config.json").write_text(json.dumps(config))
