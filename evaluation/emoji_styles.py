@@ -22,9 +22,9 @@ from tqdm.auto import tqdm
 
 from ..pipelines.pipeline_mmar import MMARPipeline
 from ..training.data import read_rows
+from ..training.emoji_lite import QUESTIONS
 
 
-QUESTIONS = {"caption": "Describe the image.", "name": "What is it?", "style": "Which style?"}
 BATCH_SIZE = 32
 
 

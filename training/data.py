@@ -16,18 +16,20 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from ..modeling_mmar.configuration_mmar import IGNORE_INDEX
 from ..modeling_mmar.masking_mmar import sample_latent_mask
-from ..modeling_mmar.modeling_mmar import IGNORE_INDEX, MMARForConditionalGeneration
-from ..processors.processing_mmar import MMARProcessor
+from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
+from ..processors.processing_mmar import TASKS, MMARProcessor
 
 
-TASKS = ("t2i", "i2t", "uncond")
+# Bounds of `distort`: degrees, and shares of the size, the picture's width and height, and the ink.
+MAX_ANGLE, MAX_SCALE, MAX_SHIFT, MAX_LIGHT = 15.0, 0.2, 0.08, 0.15
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
@@ -41,7 +43,8 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         `list[dict]`: The rows; `image` holds the file's bytes.
 
     Raises:
-        ValueError: If a column is missing or the file has no rows.
+        ValueError: If a column is missing, the file has no rows, or a row lacks its picture, has no caption, an empty
+            text, or questions and answers of unequal number.
     """
     table = pq.read_table(path)
     missing = {"image", "captions", "questions", "answers"} - set(table.column_names)
@@ -53,22 +56,43 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     rows = table.to_pylist()
     if not rows:
         raise ValueError(f"{Path(path).name} must have at least one row; got none.")
+    for index, row in enumerate(rows):
+        _check_row(row, f"row {index} of {Path(path).name}")
     return [{**row, "image": row["image"]["bytes"]} for row in rows]
 
 
+def _check_row(row: dict[str, Any], name: str) -> None:
+    if not row["image"] or not row["image"].get("bytes"):
+        raise ValueError(f"{name} must hold its picture's file as image {{bytes}}; got none. Drop the row or fill it.")
+    for column in ("captions", "questions", "answers"):
+        texts = row[column]
+        if not texts or not all(text and text.strip() for text in texts):
+            raise ValueError(
+                f"{name} must have `{column}`, none of them empty; got {texts!r}. Drop the row or fill it."
+            )
+    if len(row["questions"]) != len(row["answers"]):
+        raise ValueError(
+            f"{name} must have one answer per question; got {len(row['questions'])} questions and "
+            f"{len(row['answers'])} answers."
+        )
+
+
 def distort(picture: Image.Image) -> Image.Image:
-    """A slightly moved, turned, scaled and brightened picture on white, from torch's global generator."""
+    """A moved, turned and scaled picture on white of other colour strength, from torch's global generator."""
     width, height = picture.size
     angle, scale, right, down, light = (torch.rand(5) * 2 - 1).tolist()
-    angle, scale = math.radians(10 * angle), 1 / (1 + 0.12 * scale)
+    angle, scale = math.radians(MAX_ANGLE * angle), 1 / (1 + MAX_SCALE * scale)
     # Where the picture's middle goes to, and where it comes from.
-    to_x, to_y, from_x, from_y = width * (0.5 + 0.06 * right), height * (0.5 + 0.06 * down), width / 2, height / 2
+    to_x, to_y = width * (0.5 + MAX_SHIFT * right), height * (0.5 + MAX_SHIFT * down)
+    from_x, from_y = width / 2, height / 2
     cos, sin = math.cos(angle) * scale, math.sin(angle) * scale
     matrix = (cos, sin, from_x - cos * to_x - sin * to_y, -sin, cos, from_y + sin * to_x - cos * to_y)
     moved = picture.transform(
         picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor="white"
     )
-    return moved.point(lambda value: 255 - (255 - value) * (1 + 0.1 * light))
+    # From grey, often, to colours as they are: names hold in styles without colour too.
+    moved = ImageEnhance.Color(moved).enhance(min(1.0, max(0.0, 1.6 * float(torch.rand(())) - 0.2)))
+    return moved.point(lambda value: 255 - (255 - value) * (1 + MAX_LIGHT * light))
 
 
 class MMARLatentDataset(Dataset):

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 
 COLUMNS = ["image", "captions", "label", "style", "hexcode", "family", "sibling_in_train", "split", "license"]
-QUESTIONS = ("Describe the image.", "What is it?", "Which style?")
+QUESTIONS = {"caption": "Describe the image.", "name": "What is it?", "style": "Which style?"}
 
 
 def build(source: Path, out: Path) -> dict[str, int]:
@@ -46,7 +46,7 @@ def build(source: Path, out: Path) -> dict[str, int]:
             [f"an emoji of {label} in {style} style", label, style]
             for label, style in zip(*(table.column(c).to_pylist() for c in ("label", "style")), strict=True)
         ]
-        table = table.append_column("questions", [[list(QUESTIONS)] * table.num_rows])
+        table = table.append_column("questions", [[list(QUESTIONS.values())] * table.num_rows])
         table = table.append_column("answers", [answers])
         cells[split] = set(zip(table.column("label").to_pylist(), table.column("style").to_pylist(), strict=True))
         pq.write_table(table, out / f"{split}.parquet", compression="zstd")

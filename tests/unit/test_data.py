@@ -8,7 +8,7 @@ from helpers import tiny_config, tiny_model
 from PIL import Image
 from squares import make_processor, make_rows
 
-from mmar.modeling_mmar.modeling_mmar import IGNORE_INDEX
+from mmar.modeling_mmar.configuration_mmar import IGNORE_INDEX
 from mmar.training.data import MMARDataCollator, MMARLatentDataset, distort, read_rows
 
 
@@ -98,6 +98,25 @@ def test_distort_keeps_size_and_white_background():
 def test_read_rows_names_missing_columns(tmp_path):
     pq.write_table(pa.table({"captions": [["a"]]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="missing: answers, image, questions"):
+        read_rows(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("captions", [], "row 1 of a.parquet must have `captions`, none of them empty; got \\[\\]"),
+        ("captions", ["a", " "], "row 1 of a.parquet must have `captions`, none of them empty"),
+        ("answers", ["red", None], "row 1 of a.parquet must have `answers`, none of them empty"),
+        ("answers", ["red"], "one answer per question; got 2 questions and 1 answers"),
+        ("image", b"", "must hold its picture's file"),
+    ],
+)
+def test_read_rows_refuses_bad_rows(tmp_path, column, value, message):
+    rows = make_rows()
+    rows[1][column] = value
+    rows = [{**row, "image": {"bytes": row["image"], "path": None}} for row in rows]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=message):
         read_rows(tmp_path / "a.parquet")
 
 
