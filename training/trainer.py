@@ -32,10 +32,14 @@ class MMARTrainingArguments(TrainingArguments):
             (Sec. 3.3.3); 0 turns it off.
         train_backbone (`bool`, *optional*, defaults to `False`): Also train Qwen2's own weights; for a backbone that
             was not pretrained.
+        compile_layers (`bool`, *optional*, defaults to `False`): Compile each transformer layer and diffusion block
+            with `torch.compile` for any batch and length; on a CPU it needs a C++ compiler. `torch_compile` compiles
+            the whole model, which breaks where MMAR looks at its masks.
     """
 
     ema_decay: float = field(default=0.9999, metadata={"help": "momentum of the weights' moving average; 0: none"})
     train_backbone: bool = field(default=False, metadata={"help": "also train Qwen2's own weights"})
+    compile_layers: bool = field(default=False, metadata={"help": "compile each layer with torch.compile"})
 
     def __post_init__(self):
         # transformers refuses bf16 on a CPU that was not asked for by name.
@@ -135,6 +139,10 @@ class MMARTrainer(Trainer):
                 f"`ema_decay` must be 0 with FSDP and DeepSpeed, whose sharded weights the average cannot follow; got "
                 f"{args.ema_decay}. Train on one device or with DDP, or set `ema_decay=0`."
             )
+        if args.compile_layers:
+            for module in model.modules():
+                if type(module).__name__ in model._no_split_modules:
+                    module.compile(dynamic=True)
         if isinstance(self.processing_class, MMARProcessor):
             self._pipeline = MMARPipeline(model, self.processing_class, model.default_scheduler())
         self._sums: dict[str, Tensor] = {}

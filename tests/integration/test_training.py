@@ -69,6 +69,17 @@ def test_training_lowers_both_losses(tmp_path, processor):
         assert last < 0.85 * first, name
 
 
+@pytest.mark.slow
+def test_compiled_layers_give_the_same_losses(tmp_path, processor):
+    expected = make_trainer(tmp_path, processor)
+    expected.train()
+    compiled = make_trainer(tmp_path, processor, compile_layers=True)
+    compiled.train()
+    # Fused operations round otherwise, in float32; six steps of a learning rate of 1e-2 spread that.
+    assert losses(compiled) == pytest.approx(losses(expected), rel=1e-3)
+    assert compiled.model.state_dict().keys() == expected.model.state_dict().keys()
+
+
 def test_resumed_training_equals_unbroken_training(tmp_path, processor):
     options = {"save_strategy": "steps", "save_steps": 3}
     whole = make_trainer(tmp_path / "whole", processor, **options)
