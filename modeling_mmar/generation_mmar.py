@@ -13,10 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache
 
+from .diffusion_mmar import cosine_alphas_cumprod
 from .masking_mmar import sample_orders, shared_position_ids, tokens_per_step
 
 
 MAX_SEED = 2**63 - 1
+# How guidance goes over the autoregressive rounds: MAR's two.
+GUIDANCE_SCHEDULES = ("constant", "linear")
 
 
 class MMARImageGenerationMixin:
@@ -41,6 +44,7 @@ class MMARImageGenerationMixin:
         negative_input_ids: Tensor | None = None,
         negative_attention_mask: Tensor | None = None,
         guidance_scale: float | None = None,
+        guidance_schedule: str = "constant",
         num_ar_steps: int | None = None,
         num_inference_steps: int | None = None,
         scheduler: Any | None = None,
@@ -62,7 +66,9 @@ class MMARImageGenerationMixin:
                 guidance.
             negative_attention_mask (`torch.Tensor` of shape `(B, L')`, *optional*): 0 at padding.
             guidance_scale (`float`, *optional*): w in v = v_u + w (v_c - v_u); active above 1. Default from
-                `config.image_generation`, like the two below.
+                `config.image_generation`, like the two steps below.
+            guidance_schedule (`str`, *optional*, defaults to `"constant"`): `"linear"` raises w from 1 to
+                `guidance_scale` with the share of latents drawn by the end of each round, as MAR does.
             num_ar_steps (`int`, *optional*): Autoregressive rounds, between 1 and the number of hidden latents.
             num_inference_steps (`int`, *optional*): Diffusion steps per token.
             scheduler (diffusers scheduler, *optional*): Defaults to `default_scheduler()`.
@@ -103,6 +109,19 @@ class MMARImageGenerationMixin:
         self._check_image_arguments(
             input_ids, negative_input_ids, guidance_scale, num_inference_steps, num_ar_steps, scheduler
         )
+        if guidance_schedule not in GUIDANCE_SCHEDULES:
+            raise ValueError(
+                f"`guidance_schedule` must be one of {', '.join(GUIDANCE_SCHEDULES)}; got {guidance_schedule!r}."
+            )
+        for name, mask in (
+            ("attention_mask", attention_mask),
+            ("negative_attention_mask", negative_attention_mask),
+        ):
+            if mask is not None and not bool(mask[:, -1].all()):
+                raise ValueError(
+                    f"`{name}` must end with 1 in every row: the picture follows the text, so prompts are padded on "
+                    "the left; got right padding. `MMARProcessor.generation_inputs` pads so."
+                )
         tokens, hidden = self._start(batch, latents, latent_mask, device)
         num_hidden = int(hidden[0].sum())
         num_ar_steps = min(defaults["num_ar_steps"], num_hidden) if num_ar_steps is None else num_ar_steps
@@ -135,7 +154,10 @@ class MMARImageGenerationMixin:
             index = positions.repeat(2, 1) if guided else positions
             z = z.gather(1, index[..., None].expand(-1, -1, z.shape[-1])).flatten(0, 1)  # (rows * count, D)
             # 4. The tokens, by diffusion.
-            drawn = self._denoise(z, guidance_scale if guided else None, scheduler, num_inference_steps, generators)
+            scale = guidance_scale if guided else None
+            if guided and guidance_schedule == "linear":
+                scale = 1 + (guidance_scale - 1) * start / num_hidden
+            drawn = self._denoise(z, scale, scheduler, num_inference_steps, generators)
             drawn = drawn.view(batch, count, channels)
             tokens = tokens.scatter(1, positions[..., None].expand_as(drawn), drawn)
             hidden = hidden.scatter(1, positions, False)
@@ -193,6 +215,11 @@ class MMARImageGenerationMixin:
         if latents is None:
             tokens = torch.zeros(batch, num_latents, channels, device=device)
             return tokens, torch.ones(batch, num_latents, dtype=torch.bool, device=device)
+        for name, value in (("latents", latents), ("latent_mask", latent_mask)):
+            if not isinstance(value, Tensor):
+                raise ValueError(f"`{name}` must be a torch tensor; got {type(value).__name__}.")
+        if latent_mask.dtype != torch.bool:
+            raise ValueError(f"`latent_mask` must be bool, True where to draw; got {latent_mask.dtype}.")
         size = self.config.latent_size
         if latents.shape != (batch, channels, size, size) or latent_mask.shape != (batch, num_latents):
             raise ValueError(
@@ -235,9 +262,10 @@ class MMARImageGenerationMixin:
                 f"`num_inference_steps` must be between 1 and {diffusion.num_train_timesteps}, the number of training "
                 f"timesteps; got {num_inference_steps}."
             )
-        if num_inference_steps == 1 and scheduler.config.get("timestep_spacing") == "linspace":
+        spacing = scheduler.config.get("timestep_spacing")
+        if num_inference_steps == 1 and spacing in ("linspace", "leading"):
             raise ValueError(
-                "`num_inference_steps` must be at least 2 with `timestep_spacing` 'linspace', whose only step is"
+                f"`num_inference_steps` must be at least 2 with `timestep_spacing` {spacing!r}, whose only step is"
                 " at the least noise; got 1. Set `timestep_spacing='trailing'` for a single step."
             )
         texts = [ids for ids in (input_ids, negative_input_ids) if ids is not None]
@@ -287,6 +315,16 @@ class MMARImageGenerationMixin:
                 raise ValueError(
                     f"the scheduler must have `{name}` {value!r}, as the model was trained; got "
                     f"{scheduler.config.get(name)!r}. Make it with `from_config(pipe.scheduler.config)`."
+                )
+        alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
+        if alphas_cumprod is not None:
+            trained = cosine_alphas_cumprod(diffusion.num_train_timesteps)
+            # diffusers multiplies the same betas up in float32: 2e-5 apart at most.
+            if not torch.allclose(alphas_cumprod.cpu().float(), trained, rtol=0, atol=1e-3):
+                raise ValueError(
+                    "the scheduler must have the noise schedule that the model was trained with; got other "
+                    "`alphas_cumprod` (from `trained_betas`?). Make it with "
+                    "`from_config(pipe.scheduler.config)`."
                 )
 
 

@@ -1,6 +1,7 @@
 """MMAR as a pipeline of diffusers: pictures from text."""
 
 import json
+import numbers
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -90,9 +91,8 @@ class MMARPipeline(DiffusionPipeline):
         super().__init__()
         self._check_components(model, processor)
         self.register_modules(model=model, processor=processor, scheduler=scheduler)
-        if model.config.null_prompt_ids is None:
-            # For callers of the model alone, which knows no tokenizer.
-            model.config.null_prompt_ids = list(processor.generation_inputs(None, return_tensors=None)["input_ids"][0])
+        # For callers of the model alone, which knows no tokenizer.
+        model.config.null_prompt_ids = list(processor.generation_inputs(None, return_tensors=None)["input_ids"][0])
         self._interrupt = False
         self._guidance_scale = model.config.image_generation["guidance_scale"]
         self._num_timesteps = 0
@@ -151,6 +151,9 @@ class MMARPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None,
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str],
+        guidance_scale: float | None = None,
+        latents: Tensor | None = None,
+        latent_mask: Tensor | None = None,
     ) -> None:
         r"""
         Checks what the model and the processor do not check themselves.
@@ -165,6 +168,11 @@ class MMARPipeline(DiffusionPipeline):
                 raise ValueError(f"`{name}` must be a string, a list of strings or None; got {type(wrong[0])}.")
             if not entries:
                 raise ValueError(f"`{name}` must hold at least one prompt; got an empty list.")
+        if guidance_scale is not None and not isinstance(guidance_scale, numbers.Real):
+            raise ValueError(f"`guidance_scale` must be a number or None; got {guidance_scale!r}.")
+        for name, value in (("latents", latents), ("latent_mask", latent_mask)):
+            if value is not None and (not isinstance(value, Tensor) or value.ndim == 0):
+                raise ValueError(f"`{name}` must be a torch tensor with a batch axis; got {type(value).__name__}.")
         batch = len(prompt) if isinstance(prompt, list) else 1
         if isinstance(negative_prompt, list) and len(negative_prompt) != batch:
             raise ValueError(
@@ -192,6 +200,7 @@ class MMARPipeline(DiffusionPipeline):
         prompt: str | list[str | None] | None = None,
         negative_prompt: str | list[str | None] | None = None,
         guidance_scale: float | None = None,
+        guidance_schedule: str = "constant",
         num_ar_steps: int | None = None,
         num_inference_steps: int | None = None,
         num_images_per_prompt: int = 1,
@@ -211,7 +220,9 @@ class MMARPipeline(DiffusionPipeline):
             negative_prompt (`str` or `list[str]`, *optional*): What guidance leads away from, one for all prompts or
                 one each; the null prompt by default. Without effect where guidance is off.
             guidance_scale (`float`, *optional*): w in v = v_u + w (v_c - v_u); active above 1. Default from
-                `model.config.image_generation`, like the two below.
+                `model.config.image_generation`, like the two steps below.
+            guidance_schedule (`str`, *optional*, defaults to `"constant"`): `"linear"` raises w from 1 to
+                `guidance_scale` as the picture fills.
             num_ar_steps (`int`, *optional*): Autoregressive steps, between 1 and the number of latents to draw.
             num_inference_steps (`int`, *optional*): Diffusion steps per token.
             num_images_per_prompt (`int`, *optional*, defaults to 1): Pictures per prompt, beside each other in the
@@ -240,7 +251,15 @@ class MMARPipeline(DiffusionPipeline):
         """
         # 1. Check, and fill in the defaults.
         self.check_inputs(
-            prompt, negative_prompt, num_images_per_prompt, generator, output_type, callback_on_step_end_tensor_inputs
+            prompt,
+            negative_prompt,
+            num_images_per_prompt,
+            generator,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+            guidance_scale,
+            latents,
+            latent_mask,
         )
         config = self.model.config
         defaults = config.image_generation
@@ -280,6 +299,7 @@ class MMARPipeline(DiffusionPipeline):
             drawn = self.model.generate_images(
                 **inputs,
                 guidance_scale=self._guidance_scale,
+                guidance_schedule=guidance_schedule,
                 num_ar_steps=self._num_timesteps,
                 num_inference_steps=num_inference_steps,
                 scheduler=self.scheduler,

@@ -7,7 +7,14 @@ from torch import Tensor
 from transformers import Pipeline
 
 
-GENERATION_ARGUMENTS = ("guidance_scale", "num_ar_steps", "num_inference_steps", "generator", "scheduler")
+GENERATION_ARGUMENTS = (
+    "guidance_scale",
+    "guidance_schedule",
+    "num_ar_steps",
+    "num_inference_steps",
+    "generator",
+    "scheduler",
+)
 OUTPUT_TYPES = ("pil", "np", "pt")
 
 
@@ -16,8 +23,8 @@ class MMARTextToImagePipeline(Pipeline):
     Draws pictures from prompts, as `transformers.pipeline("text-to-image")`.
 
     Arguments of a call, or of the pipeline as defaults of its calls: `negative_prompt`, `guidance_scale`,
-    `num_ar_steps`, `num_inference_steps`, `generator` (one), `scheduler`, `output_type` ("pil", "np" or "pt") and, of
-    every pipeline, `batch_size`.
+    `guidance_schedule`, `num_ar_steps`, `num_inference_steps`, `generator` (one), `scheduler`, `output_type` ("pil",
+    "np" or "pt") and, of every pipeline, `batch_size`.
 
     Example:
 

@@ -220,13 +220,23 @@ def test_casting_keeps_vae_and_positions_in_float32():
     assert back.dtype == torch.float32
 
 
-def test_offloading(pipe):
+def test_offloading(pipe, monkeypatch):
     """With the CPU as the accelerator: the hooks run, and the picture is the same, twice."""
     offloaded = make_pipeline()
     offloaded.enable_model_cpu_offload(device="cpu")
+    hook_class, fetched = type(offloaded.model._hf_hook), []
+    pre_forward = hook_class.pre_forward
+
+    def spy(hook, module, *args, **kwargs):
+        fetched.append(module)
+        return pre_forward(hook, module, *args, **kwargs)
+
+    monkeypatch.setattr(hook_class, "pre_forward", spy)
     expected = pipe(PROMPT, generator=seeded(), output_type="pt").images
     for _ in range(2):
+        fetched.clear()
         assert torch.equal(offloaded(PROMPT, generator=seeded(), output_type="pt").images, expected)
+        assert offloaded.model in fetched
 
 
 def test_offloading_without_an_accelerator():
@@ -245,10 +255,13 @@ def test_offloading_without_an_accelerator():
         ({"prompt": 3}, "`prompt` must be a string, a list of strings or None; got <class 'int'>"),
         ({"prompt": []}, "`prompt` must hold at least one prompt"),
         ({"prompt": [PROMPT, 3]}, "`prompt` must be a string"),
+        ({"guidance_scale": "3"}, "`guidance_scale` must be a number or None; got '3'"),
+        ({"latents": [0.0]}, "`latents` must be a torch tensor with a batch axis; got list"),
+        ({"latent_mask": 1}, "`latent_mask` must be a torch tensor with a batch axis; got int"),
         ({"negative_prompt": 3}, "`negative_prompt` must be a string"),
         ({"negative_prompt": ["a", "b"]}, "`negative_prompt` must be one string or as many as `prompt`, 1; got 2"),
         ({"prompt": "a <image>"}, "must not contain the image mark <image>"),
-        ({"prompt": "long " * 500}, "must have at most 512 tokens"),
+        ({"prompt": "long " * 500}, "must have at most 512 positions"),
         ({"num_images_per_prompt": 0}, "`num_images_per_prompt` must be an integer of at least 1; got 0"),
         ({"num_images_per_prompt": 1.5}, "`num_images_per_prompt` must be an integer"),
         ({"generator": [torch.Generator()] * 3}, "1 prompts x 1 pictures = 1; got 3"),
@@ -384,8 +397,9 @@ def test_any_to_any(hub_root, monkeypatch):
     expected = pipeline("text-to-image", model=str(hub_root / REPO))(PROMPT, generator=seeded())
     assert output[0]["generated_image"].tobytes() == expected.tobytes()
     content = [{"type": "image", "image": expected}, {"type": "text", "text": "Which colour?"}]
-    text = both([{"role": "user", "content": content}], max_new_tokens=3, return_full_text=False)[0]["generated_text"]
-    assert isinstance(text, str)
+    chat, options = [{"role": "user", "content": content}], {"max_new_tokens": 3, "return_full_text": False}
+    asked = pipeline("image-text-to-text", model=str(hub_root / REPO))(text=chat, **options)
+    assert both(chat, **options)[0]["generated_text"] == asked[0]["generated_text"] != ""
 
 
 # ------------------------------------------------------------------------------------------------- folder and code

@@ -108,19 +108,23 @@ def generate_picture(
     generator: torch.Generator,
     known: Tensor | None = None,
     hidden: list[bool] | None = None,
+    is_linear: bool = False,
 ) -> Tensor:
     """
     Latents `(N, C)` of one picture. Draws from `generator` what `generate_images` draws, in the same order: the
     permutation, then per autoregressive step the starting noise of its tokens, then per diffusion step one draw per
-    token.
+    token. With `is_linear` guidance grows from 1 with the share of tokens drawn, those of the step included.
     """
     num_latents, channels = model.config.num_latents, model.config.latent_channels
     hidden = [True] * num_latents if hidden is None else list(hidden)
     tokens = torch.zeros(num_latents, channels) if known is None else known.clone()
     order = [place for place in torch.randperm(num_latents, generator=generator).tolist() if hidden[place]]
 
-    for count in cosine_counts(len(order), num_ar_steps):
+    num_hidden = len(order)
+    for count in cosine_counts(num_hidden, num_ar_steps):
         places, order = order[:count], order[count:]
+        drawn_share = 1 - len(order) / num_hidden
+        scale = 1 + (guidance_scale - 1) * drawn_share if is_linear else guidance_scale
         z_cond = condition(model, text, tokens, hidden)
         z_uncond = None if null_text is None else condition(model, null_text, tokens, hidden)
         start = torch.randn(count, channels, generator=generator)
@@ -135,7 +139,7 @@ def generate_picture(
                     model,
                     z_cond[place],
                     None if z_uncond is None else z_uncond[place],
-                    guidance_scale,
+                    scale,
                     num_inference_steps,
                     start[row],
                     lambda index, row=row, fresh=fresh: fresh[index][row],

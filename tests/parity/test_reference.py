@@ -40,8 +40,9 @@ def test_condition_equals_the_forward_pass(model):
     torch.testing.assert_close(output.image_hidden_states[0], z, atol=ATOL, rtol=0)
 
 
+@pytest.mark.parametrize("guidance_schedule", ["constant", "linear"])
 @pytest.mark.parametrize("case", CASES)
-def test_generate_images_equals_the_reference(model, case):
+def test_generate_images_equals_the_reference(model, case, guidance_schedule):
     guidance_scale, num_ar_steps, num_inference_steps = CASES[case]
     text, null_text = random_text(1, 6), random_text(1, 3, seed=1)
     steps = {"num_ar_steps": num_ar_steps, "num_inference_steps": num_inference_steps}
@@ -49,12 +50,21 @@ def test_generate_images_equals_the_reference(model, case):
         text,
         negative_input_ids=null_text,
         guidance_scale=guidance_scale,
+        guidance_schedule=guidance_schedule,
         generator=[seeded(3)],
         output_type="latent",
         **steps,
     )
     null_text = null_text[0].tolist() if guidance_scale > 1 else None
-    expected = generate_picture(model, text[0].tolist(), null_text, guidance_scale, generator=seeded(3), **steps)
+    expected = generate_picture(
+        model,
+        text[0].tolist(),
+        null_text,
+        guidance_scale,
+        generator=seeded(3),
+        is_linear=guidance_schedule == "linear",
+        **steps,
+    )
     torch.testing.assert_close(as_tokens(latents)[0], expected, atol=ATOL, rtol=ATOL)
     assert expected.std() > 0.1
 

@@ -552,6 +552,10 @@ def test_drawing_leaves_the_model_as_it_was(model):
     assert torch.equal(ids, random_text(2, 6)) and not model.training
 
 
+def scheduler_like(scheduler_class, **options):
+    return scheduler_class.from_config(tiny_model().default_scheduler().config, **options)
+
+
 ERRORS = {
     "AR steps": (
         {"num_ar_steps": 17},
@@ -576,6 +580,27 @@ ERRORS = {
         "`input_ids` and `negative_input_ids` must be the text before the picture; got image tokens",
     ),
     "prompt length": ({"input_ids": torch.ones(2, 512, dtype=torch.long)}, "shorter than 512 tokens; got 512"),
+    "right padding": (
+        {"attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])},
+        "`attention_mask` must end with 1 in every row.*got right padding",
+    ),
+    "guidance schedule": ({"guidance_schedule": "cosine"}, "must be one of constant, linear; got 'cosine'"),
+    "latents list": (
+        {"latents": [0.0], "latent_mask": torch.ones(2, 16, dtype=torch.bool)},
+        "`latents` must be a torch tensor; got list",
+    ),
+    "mask type": (
+        {"latents": torch.zeros(2, 4, 4, 4), "latent_mask": torch.ones(2, 16)},
+        "`latent_mask` must be bool, True where to draw; got torch.float32",
+    ),
+    "other betas": (
+        {"scheduler": scheduler_like(DDPMScheduler, trained_betas=[1e-4] * 1000)},
+        "the noise schedule that the model was trained with",
+    ),
+    "one leading step": (
+        {"scheduler": scheduler_like(DDIMScheduler, timestep_spacing="leading"), "num_inference_steps": 1},
+        "must be at least 2 with `timestep_spacing` 'leading'",
+    ),
     "output type": ({"output_type": "pil"}, "`output_type` must be 'pt' or 'latent'; got 'pil'"),
     "unknown argument": ({"num_steps": 3}, r"unexpected arguments \['num_steps'\]"),
     "mask alone": (
