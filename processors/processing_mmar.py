@@ -204,19 +204,22 @@ class MMARProcessor(ProcessorMixin):
                 self._check_length(length, f"Text {row}")
         return features
 
-    @staticmethod
-    def _row_lengths(features: BatchFeature) -> list[int]:
-        """Tokens of each row without padding."""
-        if "attention_mask" in features:
-            return [int(sum(row)) for row in features["attention_mask"]]
-        return [len(row) for row in features["input_ids"]]
+    def _row_lengths(self, features: BatchFeature) -> list[int]:
+        """Positions of each row without padding: one per token of text, one per picture (Sec. 3.3.2)."""
+        lengths = []
+        for row, ids in enumerate(features["input_ids"]):
+            ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+            num_tokens = int(sum(features["attention_mask"][row])) if "attention_mask" in features else len(ids)
+            num_pictures = ids.count(self.image_token_id) // self.num_image_tokens
+            lengths.append(num_tokens - num_pictures * (self.num_image_tokens - 1))
+        return lengths
 
     def _check_length(self, length: int, name: str):
         """Refuses what is longer than the model's positions; nothing is ever cut silently."""
         if length > self.tokenizer.model_max_length:
             raise ValueError(
-                f"{name} must have at most {self.tokenizer.model_max_length} tokens (`tokenizer.model_max_length`), "
-                f"{self.num_image_tokens} for each picture; got {length}. Shorten it or pass fewer pictures."
+                f"{name} must have at most {self.tokenizer.model_max_length} positions (`tokenizer.model_max_length`),"
+                f" one per token of text and one per picture; got {length}. Shorten it."
             )
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
@@ -386,7 +389,7 @@ class MMARProcessor(ProcessorMixin):
         )
         for row, length in enumerate(self._row_lengths(features)):
             name = f"Prompt {row}" if row < len(prompts) else f"Negative prompt {row - len(prompts)}"
-            self._check_length(length + self.num_image_tokens, f"{name} with its picture")
+            self._check_length(length + 1, f"{name} with its picture")
         split = {}
         for name in ("input_ids", "attention_mask"):
             split[name] = features[name][: len(prompts)]
@@ -444,7 +447,7 @@ class MMARProcessor(ProcessorMixin):
             answer = []
         prefix = self.tokenizer(prefix)["input_ids"]
         input_ids = prefix + answer
-        self._check_length(len(input_ids), "A training sample")
+        self._check_length(self._row_lengths(BatchFeature({"input_ids": [input_ids]}))[0], "A training sample")
         return {"input_ids": input_ids, "labels": [IGNORE_INDEX] * len(prefix) + answer}
 
     # From outputs back
