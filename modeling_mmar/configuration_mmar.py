@@ -73,7 +73,8 @@ class MMARViTConfig(PreTrainedConfig):
         num_attention_heads (`int`, *optional*, defaults to 16): Attention heads; ours, as ViT-L.
         mlp_ratio (`float`, *optional*, defaults to 4.0): Width of the MLP in units of `hidden_size`; ours, as ViT.
         layer_norm_eps (`float`, *optional*, defaults to 1e-06): Epsilon of the layer norms.
-        initializer_range (`float`, *optional*, defaults to 0.02): Std of the positions and the mask token.
+        initializer_range (`float`, *optional*, defaults to 0.02): Std of the positions and the mask token; linears
+            start with Xavier's weights, as MAR's.
     """
 
     model_type = "mmar_vit"

@@ -14,6 +14,8 @@ from .parameterization_mmar import add_noise, v_target
 MAX_BETA = 0.999
 # Slowest sinusoid of the timestep embedding, in timesteps (DiT).
 MAX_PERIOD = 10000.0
+# Std of the time MLP's weights at the start (DiT, MAR).
+TIMESTEP_INITIAL_STD = 0.02
 
 
 def cosine_alphas_cumprod(num_train_timesteps: int) -> Tensor:

@@ -8,13 +8,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .configuration_mmar import MMARConfig, MMARViTConfig
 
 
+class MMARViTLinear(nn.Linear):
+    """A linear that starts with Xavier's weights and zero biases, whatever its width (MAR)."""
+
+
 class MMARMLPProjector(nn.Module):
     """`num_layers` linears with GELU between them; PostProjector has 2, VisProjector 3 (suppl. Sec. 6.1)."""
 
     def __init__(self, in_features: int, hidden_features: int, out_features: int, num_layers: int):
         super().__init__()
         widths = [in_features] + [hidden_features] * (num_layers - 1) + [out_features]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.layers = nn.ModuleList(MMARViTLinear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
@@ -30,8 +34,8 @@ class MMARViTLayer(GradientCheckpointingLayer):
         width = config.hidden_size
         self.num_attention_heads = config.num_attention_heads
         self.attention_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv = MMARViTLinear(width, 3 * width)
+        self.out = MMARViTLinear(width, width)
         self.mlp_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.mlp = MMARMLPProjector(width, int(width * config.mlp_ratio), width, num_layers=2)
 

@@ -23,8 +23,14 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, Model
 
 from ..conversion.hub_mmar import export_remote_code
 from .configuration_mmar import IGNORE_INDEX, MMARConfig
-from .diffusion_mmar import MMARDiffusionLinear, MMARDiffusionMLP, cosine_alphas_cumprod, diffusion_loss
-from .embedding_vit_mmar import MMAREmbeddingViT, MMARLatentEncoder
+from .diffusion_mmar import (
+    TIMESTEP_INITIAL_STD,
+    MMARDiffusionLinear,
+    MMARDiffusionMLP,
+    cosine_alphas_cumprod,
+    diffusion_loss,
+)
+from .embedding_vit_mmar import MMAREmbeddingViT, MMARLatentEncoder, MMARViTLinear
 from .generation_mmar import MMARImageGenerationMixin
 from .masking_mmar import cached_position_ids, image_block_ids, shared_position_ids
 from .plora_mmar import MMARQwen2Model
@@ -108,9 +114,12 @@ class MMARPreTrainedModel(PreTrainedModel):
             if module.initialization == "zero":
                 init.zeros_(module.weight)
             elif module.initialization == "normal":
-                init.normal_(module.weight, std=std)
+                init.normal_(module.weight, std=TIMESTEP_INITIAL_STD)
             else:
                 init.xavier_uniform_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, MMARViTLinear):
+            init.xavier_uniform_(module.weight)
             init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm) and not module.elementwise_affine:
             return
@@ -185,7 +194,7 @@ class MMARModel(MMARPreTrainedModel):
 
         # 2. Embed the pictures and put them in their places (Fig. 2).
         if image_token_mask is not None:
-            image_embeds = self.latent_encoder(latent_tokens, latent_mask).to(inputs_embeds.dtype)
+            image_embeds = self.latent_encoder(latent_tokens, latent_mask).to(inputs_embeds)
             inputs_embeds = inputs_embeds.masked_scatter(image_token_mask[..., None], image_embeds)
 
         # 3. Positions and attention: causal text, bidirectional pictures.
@@ -658,7 +667,7 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         `generate_images`).
 
         Raises:
-            ValueError: For another `generation_mode`.
+            ValueError: For another `generation_mode`, or if prompt and answer need more positions than the model has.
         """
         if generation_mode == "image":
             # transformers' "any-to-any" passes lengths and token ids for text even here.
@@ -671,37 +680,65 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             return self.generate_images(*args, **kwargs)
         if generation_mode not in (None, "text"):
             raise ValueError(f"`generation_mode` must be 'text' or 'image'; got {generation_mode!r}.")
-        # The image token stands for a picture and is never written.
-        settings = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self.generation_config
-        suppressed = kwargs.get("suppress_tokens") or settings.suppress_tokens or []
-        kwargs["suppress_tokens"] = sorted({*suppressed, self.config.image_token_id})
-        self._check_room(
-            args[0] if args else kwargs.get("input_ids"), kwargs.get("max_new_tokens", settings.max_new_tokens)
-        )
+        self._check_room(*args, **kwargs)
         return super().generate(*args, **kwargs)
 
-    def _check_room(self, input_ids: Tensor | None, max_new_tokens: int | None) -> None:
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, **kwargs
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        # The image token stands for a picture and is never written.
+        suppressed = generation_config.suppress_tokens or []
+        generation_config.suppress_tokens = sorted({*suppressed, self.config.image_token_id})
+        return generation_config, model_kwargs
+
+    def _check_room(
+        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, *args, **kwargs
+    ) -> None:
         """Raises a `ValueError` if prompt and answer need more positions than the language model has."""
-        if input_ids is None or not max_new_tokens:
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.shape[1] == 0:
             return
+        settings, _ = self._prepare_generation_config(generation_config, **kwargs)
+        num_new = settings.max_new_tokens
+        if num_new is None:
+            given = (kwargs.get("max_length"), getattr(generation_config, "max_length", None))
+            is_default = all(length is None for length in (*given, self.generation_config.max_length))
+            # By default transformers writes so many tokens more; a length that is given counts the prompt.
+            num_new = settings.max_length - (0 if is_default else input_ids.shape[1])
+        attention_mask = kwargs.get("attention_mask")
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            attention_mask = None
         is_image = input_ids == self.config.image_token_id
-        longest = int(shared_position_ids(is_image, self.config.num_latents).max()) + 1
+        longest = int(shared_position_ids(is_image, self.config.num_latents, attention_mask).max()) + 1
         limit = self.config.text_config.max_position_embeddings
-        if longest + max_new_tokens > limit:
+        if longest + max(num_new, 0) > limit:
             raise ValueError(
                 f"prompt and answer must have at most {limit} positions (`max_position_embeddings`), one per picture; "
-                f"got {longest} and `max_new_tokens` {max_new_tokens}. Shorten one of them."
+                f"got {longest} and up to {num_new} new tokens. Shorten the prompt or lower `max_new_tokens`."
             )
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, latents: Tensor | None = None, is_first_iteration: bool | None = False, **kwargs
+        self,
+        input_ids: Tensor,
+        inputs_embeds: Tensor | None = None,
+        latents: Tensor | None = None,
+        image_token_mask: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs,
     ) -> dict[str, Any]:
         # Without a cache every step reads the pictures again.
-        if latents is not None and (is_first_iteration or not kwargs.get("use_cache", True)):
-            kwargs["latents"] = latents
+        if is_first_iteration or not kwargs.get("use_cache", True):
+            given = {"latents": latents, "image_token_mask": image_token_mask}
+            kwargs |= {name: value for name, value in given.items() if value is not None}
         if kwargs.get("mm_token_type_ids") is None:
-            kwargs["mm_token_type_ids"] = (input_ids == self.config.image_token_id).long()
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+            is_image = input_ids == self.config.image_token_id
+            if inputs_embeds is not None and is_first_iteration:
+                is_image = torch.zeros(inputs_embeds.shape[:2]) if image_token_mask is None else image_token_mask
+            kwargs["mm_token_type_ids"] = is_image.long().to(input_ids.device)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
         inputs.pop("mm_token_type_ids", None)
         return inputs
 
@@ -732,9 +769,11 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
         input_ids = model_kwargs.get("input_ids", inputs_tensor)
+        attention_mask = model_kwargs.get("attention_mask")
+        if model_kwargs.get("image_token_mask") is not None and inputs_tensor.ndim == 3:
+            return shared_position_ids(model_kwargs["image_token_mask"], self.config.num_latents, attention_mask)
         if input_ids.ndim != 2 or input_ids.shape[1] == 0:
             return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
-        attention_mask = model_kwargs.get("attention_mask")
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             # Only the new tokens were given beside a cache: count on from it.
             cached = cached_position_ids(model_kwargs["past_key_values"], len(input_ids)).to(input_ids.device)

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from helpers import (
+    IMAGE,
     image_marks,
     qwen2_of,
     random_latents,
@@ -16,6 +17,7 @@ from helpers import (
 )
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+from transformers import GenerationConfig, PreTrainedModel
 
 from mmar.modeling_mmar.diffusion_mmar import cosine_alphas_cumprod
 from mmar.modeling_mmar.modeling_mmar import MMARForConditionalGeneration
@@ -45,10 +47,11 @@ def batch(model):
 
 
 def check_initialization(model, names=None):
-    """MAR's initialization of the head, zeros of PLoRA and AdaLN, 0.02 of what is learned from nothing."""
+    """MAR's initialization of the head and the ViT, zeros of PLoRA and AdaLN, 0.02 of what is learned from nothing."""
     for name, parameter in model.named_parameters():
         if names is not None and name not in names:
             continue
+        matrix = parameter.ndim == 2
         if name.endswith("image_B"):
             assert not parameter.any(), name
         elif name.endswith("image_A"):
@@ -62,10 +65,10 @@ def check_initialization(model, names=None):
             assert 0.012 < parameter.std() < 0.028 and abs(parameter.mean()) < 0.012, name
         elif name.startswith("diffusion_mlp.timestep_embedding") and name.endswith("weight"):
             assert 0.018 < parameter.std() < 0.022, name
-        elif name.startswith("diffusion_mlp.") and name.endswith("weight") and parameter.ndim == 2:
+        elif name.startswith(("diffusion_mlp.", "model.latent_encoder.")) and name.endswith("weight") and matrix:
             bound = (6 / sum(parameter.shape)) ** 0.5
             assert 0.9 * bound < parameter.abs().max() <= bound, name
-        elif name.startswith("diffusion_mlp.") and "norm" not in name:
+        elif name.startswith(("diffusion_mlp.", "model.latent_encoder.")) and "norm" not in name:
             assert name.endswith("bias") and not parameter.any(), name
 
 
@@ -424,10 +427,14 @@ def test_attention_implementations_agree(batch):
     torch.testing.assert_close(outputs[0].loss, outputs[1].loss, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention"])
+@pytest.mark.parametrize("name", ["flash_attn", "flex_attn"])
 def test_attention_without_the_block_mask_is_refused(name):
+    """By flag: whether the refusal comes before the look for an installed kernel is up to transformers."""
+    for module in tiny_model().modules():
+        if isinstance(module, PreTrainedModel):
+            assert getattr(module, f"_supports_{name}") is False, type(module).__name__
     with pytest.raises((ValueError, ImportError)):
-        tiny_model(attn_implementation=name)
+        tiny_model(attn_implementation="flash_attention_2" if name == "flash_attn" else "flex_attention")
 
 
 def test_embeddings_in_place_of_ids(model, batch):
@@ -589,8 +596,52 @@ def test_pictures_and_latents_must_be_finite_and_scaled():
         model(ids, pixel_values=torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
 
 
+@pytest.mark.parametrize(
+    ("length", "options", "got"),
+    [
+        (15, {"max_length": 40}, "got 15 and up to 25 new tokens"),
+        (19, {}, "got 19 and up to 20 new tokens"),
+        (19, {"generation_config": GenerationConfig(max_new_tokens=2)}, "got 19 and up to 2 new tokens"),
+    ],
+)
+def test_every_way_to_give_a_length_counts(length, options, got):
+    model = tiny_model(text_config={"max_position_embeddings": 20})
+    with pytest.raises(ValueError, match=f"at most 20 positions.*{got}"):
+        model.generate(random_text(1, length), **options)
+
+
+def test_padding_takes_no_position_in_generation():
+    model = tiny_model(text_config={"max_position_embeddings": 20})
+    ids = torch.cat([random_text(2, 15), random_text(2, 4)], dim=1)
+    mask = torch.cat([torch.zeros(2, 15), torch.ones(2, 4)], dim=1).long()
+    assert model.generate(ids, attention_mask=mask, max_new_tokens=16, eos_token_id=-1).shape == (2, 35)
+
+
+def test_a_generation_config_of_ones_own_is_quiet(model, capfd):
+    model.generate(random_text(1, 4), generation_config=GenerationConfig(max_new_tokens=2))
+    assert "deprecated" not in capfd.readouterr().err
+
+
+def test_generation_from_embeddings(model):
+    ids = random_text(1, 6)
+    expected = model.generate(ids, max_new_tokens=5)[:, 6:]
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(model.generate(inputs_embeds=embeds, max_new_tokens=5), expected)
+
+
+def test_generation_from_embeddings_with_a_picture(model):
+    latents = random_latents(model, 1)
+    ids = torch.cat([random_text(1, 3), image_marks(model, 1), random_text(1, 3, seed=1)], dim=1)
+    expected = model.generate(ids, latents=latents, max_new_tokens=5)[:, ids.shape[1] :]
+    embeds = model.get_input_embeddings()(ids)
+    got = model.generate(
+        inputs_embeds=embeds, latents=latents, image_token_mask=ids == IMAGE, max_new_tokens=5, use_cache=True
+    )
+    assert torch.equal(got, expected)
+
+
 def test_generation_does_not_run_past_the_positions():
     model = tiny_model(text_config={"max_position_embeddings": 20})
-    with pytest.raises(ValueError, match="got 15 and `max_new_tokens` 6"):
+    with pytest.raises(ValueError, match="got 15 and up to 6 new tokens"):
         model.generate(random_text(1, 15), max_new_tokens=6)
     assert model.generate(random_text(1, 15), max_new_tokens=5, min_new_tokens=5).shape == (1, 20)
