@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 import yaml
 from transformers import HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -73,6 +74,28 @@ def parse(arguments: list[str]) -> tuple[DataArguments, MMARTrainingArguments]:
     return HfArgumentParser((DataArguments, MMARTrainingArguments)).parse_dict(values)
 
 
+def check_same_vae(checkpoint: str, model: MMARForConditionalGeneration) -> None:
+    r"""
+    The latents are made before a checkpoint is loaded, so its VAE and latent scale must be those of the model.
+
+    Args:
+        checkpoint (`str`): Folder to resume from.
+        model (`MMARForConditionalGeneration`): The model that encodes.
+
+    Raises:
+        ValueError: If the checkpoint was trained on latents of another VAE.
+    """
+    weights = model.vae.state_dict()
+    resumed = MMARForConditionalGeneration.from_pretrained(checkpoint, dtype="float32")
+    stored = resumed.vae.state_dict()
+    same = stored.keys() == weights.keys() and all(torch.equal(stored[n], weights[n].cpu()) for n in weights)
+    if not same or resumed.config.vae_config != model.config.vae_config:
+        raise ValueError(
+            f"expected the VAE of `model` in the checkpoint {checkpoint!r}, since latents are made with it; got "
+            "another one. Set `resume=false`, or train into another `output_dir`."
+        )
+
+
 def main() -> None:
     data_args, args = parse(sys.argv[1:])
     # Saved in bfloat16 or not, the weights are trained in float32; `bf16: true` is autocast.
@@ -91,6 +114,8 @@ def main() -> None:
         model=model, args=args, train_dataset=dataset, data_collator=collator, processing_class=processor
     )
     last = get_last_checkpoint(args.output_dir) if data_args.resume and Path(args.output_dir).is_dir() else None
+    if last is not None:
+        check_same_vae(last, model)
     trainer.train(resume_from_checkpoint=last)
     with trainer.ema_weights():
         trainer.save_model(str(Path(args.output_dir) / "final"))

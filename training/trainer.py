@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..pipelines.pipeline_mmar import MMARPipeline
 from ..processors.processing_mmar import MMARProcessor
+from .optimizer import muon_with_adamw
 
 
 EMA_FILE = "ema.safetensors"
@@ -32,6 +33,9 @@ class MMARTrainingArguments(TrainingArguments):
             (Sec. 3.3.3); 0 turns it off.
         train_backbone (`bool`, *optional*, defaults to `False`): Also train Qwen2's own weights; for a backbone that
             was not pretrained.
+        muon_learning_rate (`float`, *optional*, defaults to 0.0): Train the hidden matrices with Muon at this learning
+            rate, and the rest with AdamW at `learning_rate`; 0 trains all with the optimizer of `optim`, the paper's
+            AdamW.
         compile_layers (`bool`, *optional*, defaults to `False`): Compile each transformer layer and diffusion block
             with `torch.compile` for any batch and length; on a CPU it needs a C++ compiler. `torch_compile` compiles
             the whole model, which breaks where MMAR looks at its masks.
@@ -39,6 +43,7 @@ class MMARTrainingArguments(TrainingArguments):
 
     ema_decay: float = field(default=0.9999, metadata={"help": "momentum of the weights' moving average; 0: none"})
     train_backbone: bool = field(default=False, metadata={"help": "also train Qwen2's own weights"})
+    muon_learning_rate: float = field(default=0.0, metadata={"help": "Muon's, on hidden matrices; 0: no Muon"})
     compile_layers: bool = field(default=False, metadata={"help": "compile each layer with torch.compile"})
 
     def __post_init__(self):
@@ -47,6 +52,8 @@ class MMARTrainingArguments(TrainingArguments):
         super().__post_init__()
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be in [0, 1); got {self.ema_decay}.")
+        if self.muon_learning_rate < 0:
+            raise ValueError(f"`muon_learning_rate` must be at least 0; got {self.muon_learning_rate}.")
         # The collator reads columns that `forward` does not name.
         self.remove_unused_columns = False
 
@@ -189,6 +196,21 @@ class MMARTrainer(Trainer):
         return [
             name for name in names if not name.endswith(("mask_token", "position_embedding", "embed_tokens.weight"))
         ]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer of `optim`, or Muon with AdamW where `muon_learning_rate` is given."""
+        args, model = self.args, self.model if model is None else model
+        if self.optimizer is None and args.muon_learning_rate > 0:
+            self.optimizer = muon_with_adamw(
+                model,
+                self.get_decay_parameter_names(model),
+                args.muon_learning_rate,
+                args.learning_rate,
+                (args.adam_beta1, args.adam_beta2),
+                args.adam_epsilon,
+                args.weight_decay,
+            )
+        return super().create_optimizer(model)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         with self.ema_weights():

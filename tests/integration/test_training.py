@@ -92,6 +92,32 @@ def test_resumed_training_equals_unbroken_training(tmp_path, processor):
         assert torch.equal(part.ema.shadow[name], value), name
 
 
+def test_muon_trains_the_hidden_matrices_and_resumes(tmp_path, processor):
+    options = {"save_strategy": "steps", "save_steps": 3, "muon_learning_rate": 1e-2}
+    whole = make_trainer(tmp_path / "whole", processor, **options)
+    before = {n: p.detach().clone() for n, p in whole.model.named_parameters() if p.requires_grad}
+    whole.train()
+    muon, adamw = whole.optimizer.optimizer.optimizers  # the chain, within accelerate's
+    names = {id(p): n for n, p in whole.model.named_parameters()}
+    hidden = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+    others = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
+    assert hidden | others == set(before) and not hidden & others
+    assert "model.language_model.layers.0.self_attn.q_proj.image_A" in hidden
+    assert {"diffusion_mlp.output_projection.weight", "model.latent_encoder.position_embedding"} <= others
+    assert all(not torch.equal(p, before[n]) for n, p in whole.model.named_parameters() if n in before)
+    # One schedule drives both, and both are resumed.
+    resumed = make_trainer(tmp_path / "resumed", processor, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert losses(resumed) == losses(whole)
+    assert [g["lr"] for g in resumed.optimizer.param_groups] == [g["lr"] for g in whole.optimizer.param_groups]
+    plain = make_trainer(tmp_path / "plain", processor, save_strategy="steps", save_steps=3)
+    plain.train()
+    with pytest.raises(ValueError, match="expected the states of 2 chained optimizers; got 0"):
+        make_trainer(tmp_path / "other", processor, **options).train(
+            resume_from_checkpoint=str(tmp_path / "plain" / "checkpoint-3")
+        )
+
+
 def test_train_backbone_trains_qwen2(tmp_path, processor):
     trainer = make_trainer(tmp_path, processor, train_backbone=True, max_steps=1)
     weight = trainer.model.model.language_model.layers[0].mlp.up_proj.weight
@@ -153,9 +179,16 @@ def test_a_plain_trainer_trains_with_our_collator(tmp_path, processor):
 
 
 def test_recipe_parses_and_overrides_win(tmp_path):
-    overrides = ["model=m", "data=d", f"output_dir={tmp_path}", "max_steps=7", "task_weights=[1, 0, 0]"]
+    overrides = [
+        "model=m",
+        "data=d",
+        f"output_dir={tmp_path}",
+        "max_steps=7",
+        "task_weights=[1, 0, 0]",
+        "ema_decay=0.5",
+    ]
     data, args = parse([str(RECIPE), *overrides])
-    assert (data.model, data.task_weights, args.max_steps, args.ema_decay) == ("m", [1, 0, 0], 7, 0.998)
+    assert (data.model, data.task_weights, args.max_steps, args.ema_decay) == ("m", [1, 0, 0], 7, 0.5)
 
 
 @pytest.mark.parametrize(
