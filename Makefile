@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 EMOJI_STYLES ?= ../shared/data/emoji-styles
 JUDGE ?= ../shared/tools/emoji_judge.py
+# More for `make train-tiny`, such as TRAIN_OPTIONS=compile_layers=true where there is a C++ compiler.
+TRAIN_OPTIONS ?=
 # One thread per test worker: more only get in each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
@@ -33,7 +35,7 @@ style: $(VENV)/.done
 data: $(VENV)/.done
 	$(BIN)/python -m mmar.training.emoji_lite $(EMOJI_STYLES)
 
-# The bundled checkpoint: its VAE (16 minutes), then the model (half an hour on two cores).
+# The bundled checkpoint: its VAE (24 minutes), then the model; docs/runs.md has the times.
 runs/vae/report.json: | $(VENV)/.done
 	$(BIN)/python -m mmar.training.train_vae --data checkpoints/emoji-lite/train.parquet \
 		--eval_data checkpoints/emoji-lite/test.parquet --out runs/vae
@@ -44,7 +46,7 @@ train-tiny: runs/vae/report.json
 	$(BIN)/python -m mmar.training.init_tiny --config configs/mmar-tiny --data checkpoints/emoji-lite/train.parquet \
 		--vae runs/vae --out runs/init
 	$(BIN)/python -m mmar.training.train training/recipes/mmar_tiny.yaml model=runs/init \
-		data=checkpoints/emoji-lite/train.parquet output_dir=runs/mmar-tiny
+		data=checkpoints/emoji-lite/train.parquet output_dir=runs/mmar-tiny $(TRAIN_OPTIONS)
 	$(BIN)/python -m mmar.conversion.export runs/mmar-tiny/final checkpoints/mmar-tiny
 
 evaluate-tiny: $(VENV)/.done

@@ -1,5 +1,5 @@
 """
-Writes an MMAR folder again as one Hub folder that opens through every door, in another dtype if asked.
+Writes an MMAR folder again as one Hub folder that opens through every door, in bfloat16 unless another dtype is asked.
 
     python -m mmar.conversion.export runs/mmar-tiny/final checkpoints/mmar-tiny --dtype bfloat16
 """
@@ -27,11 +27,14 @@ def main() -> None:
     args = parser.parse_args()
 
     model = MMARForConditionalGeneration.from_pretrained(args.source, dtype=DTYPES[args.dtype])
+    scheduler = model.default_scheduler()
+    if (Path(args.source) / "scheduler").is_dir():
+        scheduler = MMARPipeline.from_pretrained(args.source, model=model).scheduler
     for name in ("guidance_scale", "num_ar_steps", "num_inference_steps"):
         if getattr(args, name) is not None:
             model.config.image_generation[name] = getattr(args, name)
     processor = MMARProcessor.from_pretrained(args.source)
-    pipe = MMARPipeline(model=model, processor=processor, scheduler=model.default_scheduler())
+    pipe = MMARPipeline(model=model, processor=processor, scheduler=scheduler)
     pipe.save_pretrained(args.out)
 
 

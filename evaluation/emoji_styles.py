@@ -123,6 +123,8 @@ def main() -> None:
 
     rows = read_rows(args.data)
     pipe = MMARPipeline.from_pretrained(args.model)
+    if torch.accelerator.is_available():
+        pipe.to(torch.accelerator.current_accelerator())
     options = {name: getattr(args, name) for name in ("guidance_scale", "num_ar_steps", "num_inference_steps")}
     result: dict[str, Any] = {"rows": len(rows), "options": options, "captions": score_captions(pipe, rows)}
     pictures = args.out / "pictures"

@@ -51,6 +51,8 @@ def main() -> None:
     if not CHECKPOINT.is_dir():
         parser.exit(1, f"{CHECKPOINT.relative_to(ROOT)} is not there; `make train-tiny` trains it.\n")
     pipe = MMARPipeline.from_pretrained(CHECKPOINT)
+    if torch.accelerator.is_available():
+        pipe.to(torch.accelerator.current_accelerator())
     seen, unseen = read_rows(DATA / "train.parquet"), read_rows(DATA / "test.parquet")
 
     chosen = pick(unseen, NUM_PICTURES * 3 // 4) + pick(seen, NUM_PICTURES // 4)

@@ -79,10 +79,10 @@ def measure(vae: AutoencoderKL, pictures: Tensor) -> dict[str, float | list[floa
     error, count, posterior_std = 0.0, 0, 0.0
     total, square = torch.zeros(2, vae.config.latent_channels, dtype=torch.float64)
     for chunk in pictures.split(64):
-        pixel_values = chunk.float() / 127.5 - 1
+        pixel_values = (chunk.float() / 127.5 - 1).to(vae.device)
         posterior = vae.encode(pixel_values).latent_dist
         error += F.mse_loss(vae.decode(posterior.mode()).sample.clamp(-1, 1), pixel_values).item() * len(chunk)
-        latents = posterior.sample().double()
+        latents = posterior.sample().double().cpu()
         count += latents[:, 0].numel()
         total += latents.sum((0, 2, 3))
         square += latents.square().sum((0, 2, 3))
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="parquet with an `image` column of training pictures")
     parser.add_argument("--eval_data", help="parquet of held-out pictures, measured and never trained on")
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--minutes", type=float, default=16.0, help="the training time; learning rate decays over it")
+    parser.add_argument("--minutes", type=float, default=24.0, help="the training time; learning rate decays over it")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=2.0e-3)
     parser.add_argument("--kl_weight", type=float, default=0.03, help="per unit of KL, against summed absolute error")
@@ -113,7 +113,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     pictures = read_pictures(args.data, VAE_CONFIG["sample_size"])
-    vae = AutoencoderKL(**VAE_CONFIG).to(memory_format=torch.channels_last)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    vae = AutoencoderKL(**VAE_CONFIG).to(device, memory_format=torch.channels_last)
     print(f"{sum(p.numel() for p in vae.parameters()):,} parameters, {len(pictures)} pictures", flush=True)
     averaged = torch.optim.swa_utils.AveragedModel(
         vae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(EMA_DECAY)
@@ -126,10 +127,10 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * warmup * 0.5 * (1 + np.cos(np.pi * passed))
         index = torch.randint(0, len(pictures), (args.batch_size,), generator=generator)
-        pixel_values = augment(pictures[index].float() / 127.5 - 1, generator).contiguous(
-            memory_format=torch.channels_last
+        pixel_values = augment(pictures[index].float() / 127.5 - 1, generator).to(
+            device, memory_format=torch.channels_last
         )
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             posterior = vae.encode(pixel_values).latent_dist
             # No noise in the latents until the KL term comes in: otherwise hues never get through.
             latents = posterior.mode() if passed < KL_START else posterior.sample()
