@@ -33,6 +33,7 @@ def main() -> None:
     for name in ("guidance_scale", "num_ar_steps", "num_inference_steps"):
         if getattr(args, name) is not None:
             model.config.image_generation[name] = getattr(args, name)
+    model.config.validate_architecture()
     processor = MMARProcessor.from_pretrained(args.source)
     pipe = MMARPipeline(model=model, processor=processor, scheduler=scheduler)
     pipe.save_pretrained(args.out)

@@ -104,7 +104,7 @@ def judge(script: Path, pictures: Path, rows: list[dict[str, Any]]) -> dict[str,
                 file = json.loads(lines[i])["file"]
                 (Path(folder) / file).write_bytes((pictures / file).read_bytes())
             (Path(folder) / "captions.jsonl").write_text("".join(lines[i] + "\n" for i in kept))
-            done = subprocess.run([sys.executable, str(script), folder], capture_output=True, text=True, check=True)
+            done = subprocess.run([sys.executable, str(script), folder], stdout=subprocess.PIPE, text=True, check=True)
         scores[name] = json.loads(done.stdout)
     return scores
 
@@ -122,6 +122,10 @@ def main() -> None:
     args = parser.parse_args()
 
     rows = read_rows(args.data)
+    if missing := {"label", "style", "sibling_in_train"} - rows[0].keys():
+        parser.error(f"{args.data.name} must have the columns {', '.join(sorted(missing))} too")
+    if args.judge is not None and not args.judge.is_file():
+        parser.error(f"--judge must be a script; {args.judge} is not there")
     pipe = MMARPipeline.from_pretrained(args.model)
     if torch.accelerator.is_available():
         pipe.to(torch.accelerator.current_accelerator())
@@ -129,9 +133,11 @@ def main() -> None:
     result: dict[str, Any] = {"rows": len(rows), "options": options, "captions": score_captions(pipe, rows)}
     pictures = args.out / "pictures"
     result["seconds_per_picture"] = round(draw(pipe, rows, pictures, args.seed, **options), 3)
+    # Kept, should the judge fail.
+    (args.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     if args.judge is not None:
         result["judge"] = judge(args.judge, pictures, rows)
-    (args.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        (args.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
 

@@ -248,7 +248,7 @@ class MMARConfig(PreTrainedConfig):
                 f"`vae_config` must be the whole config of an AutoencoderKL; {', '.join(missing)} missing. Take "
                 "`dict(vae.config)` of the trained VAE."
             )
-        if self.image_size % self.vae_scale_factor:
+        if self.image_size < 1 or self.image_size % self.vae_scale_factor:
             raise ValueError(
                 f"`image_size` ({self.image_size}) must be a multiple of {self.vae_scale_factor}, the downsampling of "
                 "`vae_config`; change one of them."
@@ -256,6 +256,15 @@ class MMARConfig(PreTrainedConfig):
         if unknown := self.image_generation.keys() - PAPER_IMAGE_GENERATION.keys():
             raise ValueError(
                 f"`image_generation` may hold {', '.join(PAPER_IMAGE_GENERATION)}; got {', '.join(sorted(unknown))}."
+            )
+        for name in ("num_ar_steps", "num_inference_steps"):
+            value = self.image_generation[name]
+            if type(value) is not int or value < 1:
+                raise ValueError(f"`image_generation[{name!r}]` must be an integer of at least 1; got {value!r}.")
+        scale = self.image_generation["guidance_scale"]
+        if not isinstance(scale, (int, float)) or not 0 <= scale < float("inf"):
+            raise ValueError(
+                f"`image_generation['guidance_scale']` must be a finite number of at least 0; got {scale!r}."
             )
         if self.plora_rank < 1:
             raise ValueError(f"`plora_rank` must be at least 1; got {self.plora_rank}.")

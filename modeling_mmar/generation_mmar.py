@@ -104,6 +104,12 @@ class MMARImageGenerationMixin:
         guidance_scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
         num_inference_steps = defaults["num_inference_steps"] if num_inference_steps is None else num_inference_steps
         scheduler = self.default_scheduler() if scheduler is None else scheduler
+        if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
+            got = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+            raise ValueError(
+                f"`input_ids` must be a torch tensor of shape (B, L); got {got}. `MMARProcessor.generation_inputs` "
+                "makes it."
+            )
         batch, device = len(input_ids), input_ids.device
         num_latents, channels = self.config.num_latents, self.config.latent_channels
         self._check_image_arguments(
@@ -117,6 +123,8 @@ class MMARImageGenerationMixin:
             ("attention_mask", attention_mask),
             ("negative_attention_mask", negative_attention_mask),
         ):
+            if mask is not None and not isinstance(mask, Tensor):
+                raise ValueError(f"`{name}` must be a torch tensor; got {type(mask).__name__}.")
             if mask is not None and not bool(mask[:, -1].all()):
                 raise ValueError(
                     f"`{name}` must end with 1 in every row: the picture follows the text, so prompts are padded on "
@@ -171,8 +179,9 @@ class MMARImageGenerationMixin:
         latents = self._as_latents(tokens)
         if not bool(torch.isfinite(latents).all()):
             raise ValueError(
-                "expected finite latents; got NaN or infinite values. Lower `guidance_scale`, or run the model in "
-                "bfloat16 or float32 instead of float16."
+                "expected finite latents; got NaN or infinite values, from broken weights, the scheduler or an "
+                "overflow. Lower `guidance_scale`, take the default scheduler, or run the model in bfloat16 or "
+                "float32 instead of float16."
             )
         return latents if output_type == "latent" else self.decode_latents(latents)
 
@@ -234,6 +243,8 @@ class MMARImageGenerationMixin:
             )
         latent_mask = latent_mask.to(device)
         tokens = latents.to(device, torch.float32).flatten(2).transpose(1, 2)
+        if not bool((torch.isfinite(tokens).all(-1) | latent_mask).all()):
+            raise ValueError("expected finite latents where `latent_mask` is False; got NaN or infinite values.")
         # What stood at hidden places is shown to no one, the callback included.
         return tokens.masked_fill(latent_mask[..., None], 0.0), latent_mask
 
@@ -304,7 +315,14 @@ class MMARImageGenerationMixin:
                 f"the scheduler must have `prediction_type` {diffusion.prediction_type!r}, which the model predicts; "
                 f"got {prediction_type!r}. Make it with `from_config(pipe.scheduler.config)`."
             )
+        if "beta_schedule" not in taken or "Inverse" in type(scheduler).__name__:
+            raise ValueError(
+                "the scheduler must step down the noise schedule that the model was trained with; "
+                f"{type(scheduler).__name__} does not. Take DDPM, DDIM, DPMSolverMultistep or another with a "
+                "`beta_schedule`."
+            )
         expected = {
+            "use_flow_sigmas": False,
             "num_train_timesteps": diffusion.num_train_timesteps,
             "beta_schedule": diffusion.beta_schedule,
             "clip_sample": False,
@@ -371,7 +389,8 @@ def _generator_per_image(
     generator: torch.Generator | list[torch.Generator] | None, batch: int
 ) -> list[torch.Generator]:
     entries = generator if isinstance(generator, (list, tuple)) else [generator]
-    if wrong := [entry for entry in entries if entry is not None and not isinstance(entry, torch.Generator)]:
+    is_list = isinstance(generator, (list, tuple))
+    if wrong := [e for e in entries if (e is not None or is_list) and not isinstance(e, torch.Generator)]:
         raise ValueError(f"`generator` must be a torch.Generator or a list of them; got {wrong[0]!r}.")
     if isinstance(generator, (list, tuple)):
         if len(generator) != batch:
@@ -390,6 +409,8 @@ def _checked_changes(changed: Any, partial: Tensor) -> dict[str, Any]:
             f"the callback must return None or a dict; got {type(changed).__name__}. Return the `callback_kwargs` that"
             " it was given."
         )
+    if unknown := sorted(changed.keys() - {"latents", "latent_mask", "interrupt"}):
+        raise ValueError(f"the callback may return `latents` and `interrupt`; got {', '.join(map(str, unknown))}.")
     latents = changed.get("latents", partial)
     if not isinstance(latents, Tensor) or latents.shape != partial.shape:
         got = f"{tuple(latents.shape)}" if isinstance(latents, Tensor) else type(latents).__name__
@@ -397,6 +418,8 @@ def _checked_changes(changed: Any, partial: Tensor) -> dict[str, Any]:
             f"the callback must return latents as a tensor of the shape {tuple(partial.shape)} that it was given; got "
             f"{got}."
         )
+    if latents is not partial and not bool(torch.isfinite(latents).all()):
+        raise ValueError("the callback must return finite latents; got NaN or infinite values.")
     return {"latents": latents, "interrupt": bool(changed.get("interrupt", False))}
 
 

@@ -36,6 +36,10 @@ from .masking_mmar import cached_position_ids, image_block_ids, shared_position_
 from .plora_mmar import MMARQwen2Model
 
 
+# Largest absolute pixel value that is taken for [-1, 1].
+MAX_PIXEL_VALUE = 1.1
+
+
 @dataclass
 class MMARCausalLMOutputWithPast(ModelOutput):
     r"""
@@ -298,7 +302,7 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
 
     >>> model = MMARForConditionalGeneration.from_pretrained("checkpoints/mmar-tiny")
     >>> model.config.num_latents
-    64
+    16
     ```
     """
 
@@ -451,7 +455,8 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             `tuple` of two `torch.FloatTensor` of shape `(I, C, h, w)`, float32.
 
         Raises:
-            ValueError: If the pictures have another size than the config's, or are integers.
+            ValueError: If the pictures have another size than the config's, are integers, or have values outside
+                [-1, 1].
         """
         size = self.config.image_size
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):
@@ -463,6 +468,12 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             raise ValueError(
                 f"`pixel_values` must be floating point, in [-1, 1]; got {pixel_values.dtype}. `MMARImageProcessor` "
                 "scales pictures."
+            )
+        # NaN fails the comparison too. Resampled floats may overshoot a little.
+        if not bool((pixel_values.abs() <= MAX_PIXEL_VALUE).all()):
+            raise ValueError(
+                f"`pixel_values` must be finite and in [-1, 1]; got values up to {float(pixel_values.abs().max())}. "
+                "`MMARImageProcessor` scales pictures; bytes are x / 127.5 - 1."
             )
         with torch.autocast(pixel_values.device.type, enabled=False):
             posterior = self.vae.encode(pixel_values.to(self.vae.dtype)).latent_dist
@@ -478,7 +489,11 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
 
         Returns:
             `torch.FloatTensor` of shape `(I, 3, H, W)`, float32, about [-1, 1].
+
+        Raises:
+            ValueError: If the latents have another shape than the config's, or are NaN or infinite.
         """
+        self._check_latents(latents, None)
         shift, scale = self._latent_shift_and_scale(latents)
         with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
             return self.vae.decode((latents.float() / scale + shift).to(self.vae.dtype)).sample.float()
@@ -572,7 +587,9 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             "image_token_mask": image_token_mask,
             "labels": labels,
         }
-        _check_tensors(tensors)
+        if not isinstance(attention_mask, dict):
+            tensors["attention_mask"] = attention_mask
+        _check_tensors(tensors, self.config.text_config.vocab_size)
         if pixel_values is not None and latents is not None:
             raise ValueError("expected at most one of `pixel_values` and `latents`; pass one of them.")
 
@@ -673,6 +690,11 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             # transformers' "any-to-any" passes lengths and token ids for text even here.
             for_text = vars(GenerationConfig()).keys() - inspect.signature(self.generate_images).parameters
             kwargs = {name: value for name, value in kwargs.items() if name not in for_text}
+            if not args and "input_ids" not in kwargs:
+                raise ValueError(
+                    "expected `input_ids`, the text before the picture; got none. "
+                    "`MMARProcessor.generation_inputs` makes them."
+                )
             null_prompt_ids = self.config.null_prompt_ids
             if null_prompt_ids is not None and kwargs.get("negative_input_ids") is None:
                 input_ids = args[0] if args else kwargs["input_ids"]
@@ -680,6 +702,7 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             return self.generate_images(*args, **kwargs)
         if generation_mode not in (None, "text"):
             raise ValueError(f"`generation_mode` must be 'text' or 'image'; got {generation_mode!r}.")
+        _check_tensors({"input_ids": args[0] if args else kwargs.get("input_ids")}, self.config.text_config.vocab_size)
         self._check_room(*args, **kwargs)
         return super().generate(*args, **kwargs)
 
@@ -776,6 +799,11 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             # Only the new tokens were given beside a cache: count on from it.
+            if model_kwargs.get("past_key_values") is None:
+                raise ValueError(
+                    f"`attention_mask` must have the shape {tuple(input_ids.shape)} of `input_ids`; got "
+                    f"{tuple(attention_mask.shape)}."
+                )
             cached = cached_position_ids(model_kwargs["past_key_values"], len(input_ids)).to(input_ids.device)
             start = cached.amax(-1, keepdim=True) + 1 if cached.shape[1] else 0
             new_mask = attention_mask[:, -input_ids.shape[1] :]
@@ -808,39 +836,69 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         return input_ids, model_kwargs
 
 
-def _check_tensors(tensors: dict[str, Any]) -> None:
-    """Raises a `ValueError` if an input is neither a tensor nor None, or ids or masks have no row and column."""
+def _check_tensors(tensors: dict[str, Any], vocab_size: int) -> None:
+    """Raises a `ValueError` if an input is neither a tensor nor None, or ids, labels and masks do not fit together."""
     for name, value in tensors.items():
         if value is not None and not isinstance(value, Tensor):
             raise ValueError(
                 f"`{name}` must be a torch tensor; got {type(value).__name__}. `MMARProcessor` makes tensors with "
-                '`return_tensors="pt"`.'
+                '`return_tensors="pt"`; pass them as `**inputs`.'
             )
     for name in ("input_ids", "image_token_mask", "labels"):
-        value = tensors[name]
+        value = tensors.get(name)
         if value is not None and value.ndim != 2:
             raise ValueError(f"`{name}` must have the shape (B, L); got {tuple(value.shape)}. Add the batch axis.")
-    ids, labels = tensors["input_ids"], tensors["labels"]
-    if ids is not None and (ids.is_floating_point() or ids.dtype == torch.bool):
-        raise ValueError(f"`input_ids` must be integers; got {ids.dtype}.")
-    inputs = ids if ids is not None else tensors["inputs_embeds"]
+    for name in ("input_ids", "labels"):
+        value = tensors.get(name)
+        if value is not None and (value.is_floating_point() or value.dtype == torch.bool):
+            raise ValueError(f"`{name}` must be integers; got {value.dtype}.")
+    ids, labels = tensors.get("input_ids"), tensors.get("labels")
+    inputs = ids if ids is not None else tensors.get("inputs_embeds")
     if labels is not None and inputs is not None and labels.shape != inputs.shape[:2]:
         raise ValueError(
             f"`labels` must have the shape {tuple(inputs.shape[:2])} of the inputs, -100 where nothing is predicted; "
             f"got {tuple(labels.shape)}."
         )
+    mask = tensors.get("attention_mask")
+    if mask is not None and mask.ndim == 2 and inputs is not None:
+        if mask.shape[0] != inputs.shape[0] or mask.shape[1] < inputs.shape[1]:
+            raise ValueError(
+                f"`attention_mask` must have a row and column per token, cached ones included, at least "
+                f"{tuple(inputs.shape[:2])}; got {tuple(mask.shape)}."
+            )
+    # Not in each decoding step, nor on a device that would wait for the answer.
+    for name, values, allowed in (("input_ids", ids, None), ("labels", labels, IGNORE_INDEX)):
+        if values is not None and values.shape[1] > 1 and values.device.type == "cpu":
+            wrong = ((values < 0) | (values >= vocab_size)) & (values != allowed if allowed else True)
+            if bool(wrong.any()):
+                raise ValueError(
+                    f"`{name}` must be in [0, {vocab_size}), the model's vocabulary"
+                    + (f", or {allowed}" if allowed else "")
+                    + f"; got {int(values[wrong][0])}. Take tokenizer and model from one folder."
+                )
 
 
 def _check_weights_files(folder: Path) -> None:
     """
-    Raises a `ValueError` if a local folder with a config lacks weights files, or one was not written or copied whole;
-    other folders are none of its business.
+    Raises a `ValueError` if a local folder lacks its config or weights files, or one was not written or copied whole;
+    what is not a local folder is none of its business.
     """
-    if not (folder / "config.json").is_file():
+    if not folder.is_dir():
         return
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"expected config.json in {str(folder)!r}; it is missing. Name the folder that `save_pretrained` wrote, "
+            "or copy it whole."
+        )
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if index.is_file() and not (folder / SAFE_WEIGHTS_NAME).is_file():
-        expected = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            expected = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"expected the names of the weights files in {str(index)!r}; it cannot be read ({error!r}). Copy or "
+                "download it again."
+            ) from error
     else:
         expected = [SAFE_WEIGHTS_NAME]
     if missing := [name for name in expected if not (folder / name).is_file()]:

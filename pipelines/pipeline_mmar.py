@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers import __version__ as diffusers_version
 from diffusers.utils import BaseOutput
 from PIL import Image
@@ -89,7 +89,7 @@ class MMARPipeline(DiffusionPipeline):
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, scheduler: Any):
         super().__init__()
-        self._check_components(model, processor)
+        self._check_components(model, processor, scheduler)
         self.register_modules(model=model, processor=processor, scheduler=scheduler)
         # For callers of the model alone, which knows no tokenizer.
         model.config.null_prompt_ids = list(processor.generation_inputs(None, return_tensors=None)["input_ids"][0])
@@ -98,10 +98,16 @@ class MMARPipeline(DiffusionPipeline):
         self._num_timesteps = 0
 
     @staticmethod
-    def _check_components(model: Any, processor: Any) -> None:
-        """Raises a `ValueError` if model and processor are not MMAR's, or not made for each other."""
+    def _check_components(model: Any, processor: Any, scheduler: Any) -> None:
+        """Raises a `ValueError` if the components are not MMAR's, or not made for each other."""
         if getattr(getattr(model, "config", None), "model_type", None) != "mmar":
             raise ValueError(f"`model` must be an MMARForConditionalGeneration; got {type(model).__name__}.")
+        if not hasattr(model, "generate_images"):
+            raise ValueError(f"`model` must be an MMARForConditionalGeneration; got {type(model).__name__}.")
+        if not isinstance(scheduler, SchedulerMixin):
+            raise ValueError(
+                f"`scheduler` must be a diffusers scheduler, such as `model.default_scheduler()`; got {scheduler!r}."
+            )
         if not hasattr(processor, "generation_inputs"):
             raise ValueError(f"`processor` must be an MMARProcessor; got {type(processor).__name__}.")
         config, size = model.config, processor.image_processor.size
@@ -154,6 +160,7 @@ class MMARPipeline(DiffusionPipeline):
         guidance_scale: float | None = None,
         latents: Tensor | None = None,
         latent_mask: Tensor | None = None,
+        callback_on_step_end: Callable | None = None,
     ) -> None:
         r"""
         Checks what the model and the processor do not check themselves.
@@ -168,6 +175,8 @@ class MMARPipeline(DiffusionPipeline):
                 raise ValueError(f"`{name}` must be a string, a list of strings or None; got {type(wrong[0])}.")
             if not entries:
                 raise ValueError(f"`{name}` must hold at least one prompt; got an empty list.")
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(f"`callback_on_step_end` must be callable; got {callback_on_step_end!r}.")
         if guidance_scale is not None and not isinstance(guidance_scale, numbers.Real):
             raise ValueError(f"`guidance_scale` must be a number or None; got {guidance_scale!r}.")
         for name, value in (("latents", latents), ("latent_mask", latent_mask)):
@@ -178,7 +187,7 @@ class MMARPipeline(DiffusionPipeline):
             raise ValueError(
                 f"`negative_prompt` must be one string or as many as `prompt`, {batch}; got {len(negative_prompt)}."
             )
-        is_count = isinstance(num_images_per_prompt, int) and not isinstance(num_images_per_prompt, bool)
+        is_count = isinstance(num_images_per_prompt, numbers.Integral) and not isinstance(num_images_per_prompt, bool)
         if not is_count or num_images_per_prompt < 1:
             raise ValueError(f"`num_images_per_prompt` must be an integer of at least 1; got {num_images_per_prompt}.")
         if isinstance(generator, (list, tuple)) and len(generator) != batch * num_images_per_prompt:
@@ -188,6 +197,11 @@ class MMARPipeline(DiffusionPipeline):
             )
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}; got {output_type!r}.")
+        if not isinstance(callback_on_step_end_tensor_inputs, (list, tuple)):
+            raise ValueError(
+                "`callback_on_step_end_tensor_inputs` must be a list of names; got "
+                f"{callback_on_step_end_tensor_inputs!r}."
+            )
         if unknown := sorted(set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)):
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` may hold {', '.join(self._callback_tensor_inputs)}; got "
@@ -260,6 +274,7 @@ class MMARPipeline(DiffusionPipeline):
             guidance_scale,
             latents,
             latent_mask,
+            callback_on_step_end,
         )
         config = self.model.config
         defaults = config.image_generation

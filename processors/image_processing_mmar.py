@@ -215,6 +215,8 @@ class MMARImageProcessor(BaseImageProcessor):
         for name in ("auto_map", "image_processor_type"):  # written by `to_dict`
             kwargs.pop(name, None)
         super().__init__(**kwargs)
+        if type(size) is bool:
+            raise ValueError("`size` must be a height and width in pixels; got a bool.")
         self.size = self._checked_size(DEFAULT_SIZE if size is None else size)
         self.resample = int(resample)
         self.do_convert_rgb = do_convert_rgb
@@ -251,7 +253,13 @@ class MMARImageProcessor(BaseImageProcessor):
             ValueError: If a source is missing, empty, broken, truncated, or larger than PIL's limit.
         """
         if isinstance(images, (list, tuple)):
-            return [self.fetch_images(image) for image in images]
+            fetched = []
+            for index, image in enumerate(images):
+                try:
+                    fetched.append(self.fetch_images(image))
+                except ValueError as error:
+                    raise ValueError(f"Picture {index} of {len(images)}: {error}") from error
+            return fetched
         if isinstance(images, (str, bytes, os.PathLike)):
             return _open_picture(images)
         return images
@@ -312,13 +320,13 @@ class MMARImageProcessor(BaseImageProcessor):
         options.update(given)
         options["size"] = self._checked_size(options["size"])
 
-        pictures = self.flatten_images(self.fetch_images(images))
+        pictures = self.flatten_images(images)
         if not pictures:
             raise ValueError("Expected at least one picture; got none.")
         arrays = []
         for index, picture in enumerate(pictures):
             try:
-                array = self._to_rgb_array(picture, input_data_format, options["do_convert_rgb"])
+                array = self._to_rgb_array(self.fetch_images(picture), input_data_format, options["do_convert_rgb"])
                 array = self._resize_and_crop(array, options)
                 arrays.append(self._to_range(array, options))
             except ValueError as error:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AddedToken, AutoTokenizer, PreTrainedConfig
+from transformers import AddedToken, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
@@ -116,10 +116,12 @@ class MMARProcessor(ProcessorMixin):
         null_prompt="Generate an image:",
         **kwargs,
     ):
-        if tokenizer is None:
-            raise ValueError("MMARProcessor needs a `tokenizer`; got None. Pass AutoTokenizer.from_pretrained(...).")
-        if num_image_tokens < 1:
-            raise ValueError(f"`num_image_tokens` must be at least 1; got {num_image_tokens}.")
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise ValueError(
+                f"MMARProcessor needs a `tokenizer`; got {tokenizer!r}. Pass AutoTokenizer.from_pretrained(...)."
+            )
+        if type(num_image_tokens) is not int or num_image_tokens < 1:
+            raise ValueError(f"`num_image_tokens` must be an integer of at least 1; got {num_image_tokens!r}.")
         if "{caption}" not in generation_prompt:
             raise ValueError(f"`generation_prompt` must contain '{{caption}}'; got {generation_prompt!r}.")
         self.num_image_tokens = num_image_tokens
@@ -251,6 +253,7 @@ class MMARProcessor(ProcessorMixin):
                 raise ValueError(
                     f"`text` must be a string or a list of strings; row {row} is {type(sample).__name__}."
                 )
+            _check_unicode(sample, f"Text {row}")
 
         num_marks = [sample.count(self.image_token) for sample in text]
         flatten = self.image_processor.flatten_images
@@ -331,10 +334,11 @@ class MMARProcessor(ProcessorMixin):
         """Refuses image marks where no picture may stand."""
         if not isinstance(text, str):
             raise ValueError(f"{name} must be a string; got {type(text).__name__}.")
+        _check_unicode(text, name)
         for mark in (self.image_token, IMAGE_TOKEN_ALIAS):
             if mark in text:
                 raise ValueError(f"{name} must not contain the image mark {mark}; got {text!r}. Drop the mark.")
-        for mark in (TURN_START, TURN_END):
+        for mark in {TURN_START, TURN_END, *self.tokenizer.all_special_tokens}:
             if mark in text:
                 raise ValueError(f"{name} must not contain the control token {mark}; got {text!r}. Drop it.")
 
@@ -553,14 +557,24 @@ class MMARProcessor(ProcessorMixin):
             tokenizer = AutoTokenizer.from_pretrained(
                 pretrained_model_name_or_path, config=PreTrainedConfig(), trust_remote_code=False, **tokenizer_kwargs
             )
-        except OSError:
-            raise  # names what is missing
         except Exception as error:  # tokenizers raises nothing narrower for a broken file
+            if isinstance(error, OSError) or not os.path.isdir(pretrained_model_name_or_path):
+                raise  # names what is missing
             raise ValueError(
                 f"expected whole tokenizer files (tokenizer.json, tokenizer_config.json) in "
                 f"{str(pretrained_model_name_or_path)!r}; they cannot be read ({error}). Copy or download them again."
             ) from error
         return [MMARImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs), tokenizer]
+
+
+def _check_unicode(text: str, name: str) -> None:
+    """Raises a `ValueError` for text with half a surrogate pair, as a file read in a wrong encoding has."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} must be valid Unicode; got a lone surrogate at {error.start}. Read its source as UTF-8."
+        ) from error
 
 
 def _check_conversation(conversation: Any) -> None:
@@ -587,6 +601,8 @@ def _check_conversation(conversation: Any) -> None:
             )
         for item in content:
             kind = item.get("type") if isinstance(item, dict) else None
+            if kind not in (None, "text", "image", "image_url"):
+                raise ValueError(f"MMAR reads content of type 'text' and 'image'; got {kind!r} in message {index}.")
             if kind is None or (kind == "text" and not isinstance(item.get("text"), str)):
                 raise ValueError(
                     f'The content of message {index} must hold dicts such as {{"type": "text", "text": "..."}} and '

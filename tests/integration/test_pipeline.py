@@ -255,6 +255,8 @@ def test_offloading_without_an_accelerator():
         ({"prompt": 3}, "`prompt` must be a string, a list of strings or None; got <class 'int'>"),
         ({"prompt": []}, "`prompt` must hold at least one prompt"),
         ({"prompt": [PROMPT, 3]}, "`prompt` must be a string"),
+        ({"callback_on_step_end": 3}, "`callback_on_step_end` must be callable; got 3"),
+        ({"callback_on_step_end_tensor_inputs": "latents"}, "must be a list of names; got 'latents'"),
         ({"guidance_scale": "3"}, "`guidance_scale` must be a number or None; got '3'"),
         ({"latents": [0.0]}, "`latents` must be a torch tensor with a batch axis; got list"),
         ({"latent_mask": 1}, "`latent_mask` must be a torch tensor with a batch axis; got int"),
@@ -280,7 +282,7 @@ def test_offloading_without_an_accelerator():
         ({"callback_on_step_end": lambda *args: {"latents": [0.0]}}, "that it was given; got list"),
         (
             {"callback_on_step_end": lambda pipe, step, _, values: {"latents": values["latents"] * torch.nan}},
-            "expected finite latents",
+            "the callback must return finite latents",
         ),
     ],
 )
@@ -456,6 +458,36 @@ def test_no_warnings_when_loading(hub_root, capfd):
     MMARPipeline.from_pretrained(hub_root / REPO)
     shown = [line for line in capfd.readouterr().err.splitlines() if "it/s" not in line and line.strip()]
     assert shown == []
+
+
+def test_scheduler_and_model_of_another_kind_are_refused(pipe):
+    for scheduler in (None, "ddim"):
+        with pytest.raises(ValueError, match="`scheduler` must be a diffusers scheduler"):
+            MMARPipeline(pipe.model, pipe.processor, scheduler)
+    with pytest.raises(ValueError, match="`model` must be an MMARForConditionalGeneration; got MMARModel"):
+        MMARPipeline(pipe.model.model, pipe.processor, pipe.scheduler)
+
+
+def test_the_null_prompt_is_that_of_the_processor(hub_root):
+    pipe = MMARPipeline.from_pretrained(hub_root / REPO)
+    pipe.processor.null_prompt = "Draw."
+    again = MMARPipeline(pipe.model, pipe.processor, pipe.scheduler)
+    assert again.model.config.null_prompt_ids == pipe.processor.generation_inputs([None]).input_ids[0].tolist()
+
+
+def test_folder_without_config(folder):
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match="expected config.json in .* it is missing"):
+        MMARForConditionalGeneration.from_pretrained(folder)
+
+
+def test_broken_index(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path, max_shard_size="300KB")
+    index = tmp_path / "model.safetensors.index.json"
+    for text in (index.read_text()[:50], "{}"):
+        index.write_text(text)
+        with pytest.raises(ValueError, match="expected the names of the weights files in .* cannot be read"):
+            MMARPipeline.from_pretrained(tmp_path)
 
 
 def test_parts_that_do_not_fit_together_are_refused(pipe):

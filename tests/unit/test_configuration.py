@@ -168,6 +168,15 @@ ERRORS = {
         {"image_generation": {"steps": 1}},
         r"`image_generation` may hold num_ar_steps, num_inference_steps, guidance_scale; got steps",
     ),
+    "generation steps": (
+        {"image_generation": {"num_ar_steps": 0}},
+        r"`image_generation\['num_ar_steps'\]` must be an integer of at least 1; got 0",
+    ),
+    "generation guidance": (
+        {"image_generation": {"guidance_scale": float("nan")}},
+        r"`image_generation\['guidance_scale'\]` must be a finite number of at least 0; got nan",
+    ),
+    "negative image size": ({"image_size": -8}, r"`image_size` \(-8\) must be a multiple"),
     "rank": ({"plora_rank": 0}, r"`plora_rank` must be at least 1; got 0"),
     "image token": (
         {"image_token_id": 128},

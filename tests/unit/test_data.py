@@ -108,6 +108,7 @@ def test_read_rows_names_missing_columns(tmp_path):
         ("captions", ["a", " "], "row 1 of a.parquet must have `captions`, none of them empty"),
         ("answers", ["red", None], "row 1 of a.parquet must have `answers`, none of them empty"),
         ("answers", ["red"], "one answer per question; got 2 questions and 1 answers"),
+        ("captions", "a red square", "row 1 of a.parquet must have `captions` as a list of strings"),
         ("image", b"", "must hold its picture's file"),
     ],
 )
@@ -115,9 +116,23 @@ def test_read_rows_refuses_bad_rows(tmp_path, column, value, message):
     rows = make_rows()
     rows[1][column] = value
     rows = [{**row, "image": {"bytes": row["image"], "path": None}} for row in rows]
+    if column == "captions" and isinstance(value, str):
+        rows = [{**row, "captions": value} for row in rows]
+        message = message.replace("row 1", "row 0")  # a column has one type
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=message):
         read_rows(tmp_path / "a.parquet")
+
+
+def test_texts_are_tried_before_training(processor):
+    rows = make_rows()
+    rows[2]["captions"] = ["a <image>"]
+    with pytest.raises(ValueError, match="row 2: .* must not contain the image mark <image>"):
+        MMARLatentDataset(rows, tiny_model(), processor)
+    with pytest.raises(ValueError, match="at least one row .* got 0 rows"):
+        MMARLatentDataset([], tiny_model(), processor)
+    with pytest.raises(ValueError, match="`task_weights` must be one number per task"):
+        MMARDataCollator(processor, 16, (1, 0))
 
 
 def test_read_rows_refuses_an_empty_file(tmp_path):

@@ -6,9 +6,11 @@ from threading import Thread
 import pytest
 import torch
 from diffusers import (
+    DDIMInverseScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
 )
@@ -642,7 +644,7 @@ def test_broken_weights_raise_instead_of_a_black_picture(value):
 def test_known_nan_latents_raise(model):
     mask = torch.zeros(2, 16, dtype=torch.bool)
     mask[:, :4] = True
-    with pytest.raises(ValueError, match="expected finite latents"):
+    with pytest.raises(ValueError, match="expected finite latents where `latent_mask` is False"):
         draw(model, latents=torch.full((2, 4, 4, 4), float("nan")), latent_mask=mask)
 
 
@@ -655,6 +657,20 @@ def test_known_nan_latents_raise(model):
         ({"num_ar_steps": 2.5}, "`num_ar_steps` must be an integer; got 2.5"),
         ({"num_inference_steps": "5"}, "`num_inference_steps` must be an integer; got '5'"),
         ({"generator": 0}, "`generator` must be a torch.Generator"),
+        ({"generator": [None]}, "`generator` must be a torch.Generator or a list of them; got None"),
+        ({"input_ids": [[1]]}, "`input_ids` must be a torch tensor of shape .* got list"),
+        ({"attention_mask": [[1] * 4]}, "`attention_mask` must be a torch tensor; got list"),
+        ({"callback": lambda *args: {"latent": 0}}, "may return `latents` and `interrupt`; got latent"),
+        (
+            {"callback": lambda step, steps, partial, mask: {"latents": partial * float("nan")}},
+            "the callback must return finite latents",
+        ),
+        (
+            {"scheduler": scheduler_like(DPMSolverMultistepScheduler, use_flow_sigmas=True)},
+            "`use_flow_sigmas` False",
+        ),
+        ({"scheduler": scheduler_like(EDMEulerScheduler)}, "EDMEulerScheduler does not"),
+        ({"scheduler": scheduler_like(DDIMInverseScheduler)}, "DDIMInverseScheduler does not"),
         ({"scheduler": DDIMScheduler}, "`scheduler` must be a diffusers scheduler"),
         ({"scheduler": DDPMScheduler(prediction_type="v_prediction")}, "`beta_schedule` 'squaredcos_cap_v2'"),
         (
@@ -666,7 +682,7 @@ def test_known_nan_latents_raise(model):
 def test_bad_drawing_arguments(arguments, message):
     model = tiny_model()
     with pytest.raises(ValueError, match=message):
-        model.generate_images(random_text(1, 4), **{"guidance_scale": 1, **arguments})
+        model.generate_images(**{"input_ids": random_text(1, 4), "guidance_scale": 1, **arguments})
 
 
 def test_the_callers_scheduler_is_left_alone():

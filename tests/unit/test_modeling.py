@@ -523,12 +523,55 @@ def test_wrong_latents_and_masks(model):
         ({"input_ids": torch.ones(2, dtype=torch.long)}, r"`input_ids` must have the shape \(B, L\); got \(2,\)"),
         ({"input_ids": random_text(1, 4), "labels": random_text(1, 3)}, r"`labels` must have the shape \(1, 4\)"),
         ({"input_ids": random_text(1, 4), "pixel_values": [1.0]}, "`pixel_values` must be a torch tensor; got list"),
+        (
+            {"input_ids": torch.full((1, 3), 128)},
+            r"`input_ids` must be in \[0, 128\), the model's vocabulary; got 128",
+        ),
+        (
+            {"input_ids": random_text(1, 2), "labels": torch.full((1, 2), -1)},
+            r"`labels` must be in .*, or -100; got -1",
+        ),
+        ({"input_ids": random_text(1, 2), "labels": torch.ones(1, 2)}, "`labels` must be integers; got torch.float32"),
+        ({"input_ids": random_text(1, 4), "attention_mask": [1]}, "`attention_mask` must be a torch tensor; got list"),
+        (
+            {"input_ids": random_text(1, 4), "attention_mask": torch.ones(1, 3)},
+            r"`attention_mask` must have a row and column per token.*at least \(1, 4\); got \(1, 3\)",
+        ),
         ({"input_ids": random_text(1, 4), "latent_mask": True}, "`latent_mask` must be a torch tensor; got bool"),
     ],
 )
 def test_inputs_of_another_kind(model, arguments, message):
     with pytest.raises(ValueError, match=message):
         model(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"input_ids": [[1, 2]]}, r"`input_ids` must be a torch tensor; got list.*pass them as `\*\*inputs`"),
+        ({"input_ids": random_text(1, 4)[0]}, r"`input_ids` must have the shape \(B, L\)"),
+        ({"input_ids": torch.full((1, 3), 9999)}, "`input_ids` must be in .* got 9999"),
+        ({"input_ids": random_text(1, 4), "attention_mask": torch.ones(1, 3)}, r"must have the shape \(1, 4\)"),
+        ({"generation_mode": "image"}, "expected `input_ids`, the text before the picture; got none"),
+    ],
+)
+def test_generate_with_inputs_of_another_kind(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(**{"max_new_tokens": 1, **arguments} if "generation_mode" not in arguments else arguments)
+    if "generation_mode" not in arguments:
+        with pytest.raises(ValueError, match="`input_ids` must be a torch tensor; got dict"):
+            model.generate({"input_ids": random_text(1, 4)})
+
+
+def test_pictures_and_latents_in_another_range(model):
+    with pytest.raises(ValueError, match=r"finite and in \[-1, 1\]; got values up to 255"):
+        model.encode_images(torch.full((1, 3, 8, 8), 255.0))
+    with pytest.raises(ValueError, match="must be finite"):
+        model.encode_images(torch.full((1, 3, 8, 8), float("nan")))
+    with pytest.raises(ValueError, match="expected finite pictures or latents"):
+        model.decode_latents(torch.full((1, 4, 4, 4), float("nan")))
+    with pytest.raises(ValueError, match="`latents` must have the shape"):
+        model.decode_latents(torch.zeros(1, 4, 3, 3))
 
 
 def test_ids_or_embeddings(model):
