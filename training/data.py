@@ -62,10 +62,16 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _check_row(row: dict[str, Any], name: str) -> None:
-    if not row["image"] or not row["image"].get("bytes"):
-        raise ValueError(f"{name} must hold its picture's file as image {{bytes}}; got none. Drop the row or fill it.")
+    image = row["image"]
+    if not isinstance(image, dict) or not image.get("bytes"):
+        got = "none" if not image or isinstance(image, dict) else type(image).__name__
+        raise ValueError(
+            f"{name} must hold its picture's file as image {{bytes, path}}; got {got}. Fill the bytes or drop the row."
+        )
     for column in ("captions", "questions", "answers"):
         texts = row[column]
+        if not isinstance(texts, list) or not all(text is None or isinstance(text, str) for text in texts):
+            raise ValueError(f"{name} must have `{column}` as a list of strings; got {texts!r}. Make it a list.")
         if not texts or not all(text and text.strip() for text in texts):
             raise ValueError(
                 f"{name} must have `{column}`, none of them empty; got {texts!r}. Drop the row or fill it."
@@ -75,6 +81,17 @@ def _check_row(row: dict[str, Any], name: str) -> None:
             f"{name} must have one answer per question; got {len(row['questions'])} questions and "
             f"{len(row['answers'])} answers."
         )
+
+
+def _check_texts(row: dict[str, Any], processor: MMARProcessor, index: int) -> None:
+    """Tries each text of a row now, and not hours into a training."""
+    try:
+        for caption in row["captions"]:
+            processor.training_example("t2i", caption)
+        for question, answer in zip(row["questions"], row["answers"], strict=True):
+            processor.training_example("i2t", answer, question)
+    except ValueError as error:
+        raise ValueError(f"row {index}: {error}") from error
 
 
 def distort(picture: Image.Image) -> Image.Image:
@@ -117,7 +134,13 @@ class MMARLatentDataset(Dataset):
         num_copies: int = 0,
         batch_size: int = 64,
     ):
+        if not rows or num_copies < 0:
+            raise ValueError(
+                f"expected at least one row and `num_copies` of at least 0; got {len(rows)} rows and {num_copies}."
+            )
         self.rows = [{key: value for key, value in row.items() if key != "image"} for row in rows]
+        for index, row in enumerate(self.rows):
+            _check_texts(row, processor, index)
         means, stds = [], []
         for copy in range(num_copies + 1):
             for start in tqdm(range(0, len(rows), batch_size), desc=f"latents {copy + 1}/{num_copies + 1}", delay=2):
@@ -161,6 +184,12 @@ class MMARDataCollator:
     task_weights: tuple[float, float, float] = (0.5, 0.45, 0.05)
     mask_ratio_min: float = 0.7
 
+    def __post_init__(self):
+        if len(self.task_weights) != len(TASKS):
+            raise ValueError(
+                f"`task_weights` must be one number per task, {', '.join(TASKS)}; got {self.task_weights}."
+            )
+
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         r"""
         Args:
@@ -170,7 +199,8 @@ class MMARDataCollator:
             `dict` with `input_ids`, `attention_mask`, `labels` `(B, L)`, left padded; `latents` `(B, C, h, w)` or
             `pixel_values` `(B, 3, H, W)`; `latent_mask` `(B, N)`, True where a latent is hidden.
         """
-        tasks = torch.multinomial(torch.tensor(self.task_weights), len(rows), replacement=True).tolist()
+        weights = torch.tensor(self.task_weights, dtype=torch.float)
+        tasks = torch.multinomial(weights, len(rows), replacement=True).tolist()
         examples, latents, pictures = [], [], []
         latent_mask = sample_latent_mask(len(rows), self.num_latents, self.mask_ratio_min)
         for i, (row, task_index) in enumerate(zip(rows, tasks, strict=True)):

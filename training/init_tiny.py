@@ -58,6 +58,11 @@ def main() -> None:
     torch.manual_seed(args.seed)
     config = MMARConfig.from_pretrained(args.config)
     vae = AutoencoderKL.from_pretrained(args.vae)
+    if vae.config.latents_std is None:
+        raise ValueError(
+            f"expected a VAE with the measured `latents_mean` and `latents_std` in {str(args.vae)!r}; they are not "
+            "there. Let `train_vae` run to its end."
+        )
     config.vae_config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
     rows = read_rows(args.data)
     processor_texts = [

@@ -6,10 +6,14 @@ Trains MMAR after a recipe.
 RECIPE is a YAML file of `DataArguments` and `MMARTrainingArguments` fields; `key=value` on the command line wins.
 """
 
+import contextlib
+import dataclasses
 import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 import torch
 import yaml
@@ -46,6 +50,8 @@ class DataArguments:
                 f"unconditional; got {weights!r}."
             )
         self.task_weights = [float(weight) for weight in weights]
+        if not 0 <= self.mask_ratio_min < 1:
+            raise ValueError(f"`mask_ratio_min` must be in [0, 1); got {self.mask_ratio_min!r}.")
         for name, minimum in (("num_copies", 0), ("diffusion_batch_mul", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < minimum:
@@ -57,7 +63,8 @@ def parse(arguments: list[str]) -> tuple[DataArguments, MMARTrainingArguments]:
     Reads a recipe and the overrides after it.
 
     Raises:
-        ValueError: If there is no recipe, an override is not `key=value`, or a key is unknown or missing.
+        ValueError: If there is no recipe, an override is not `key=value`, a key is unknown or missing, or a value of
+            another type than its field's.
     """
     if not arguments or not Path(arguments[0]).is_file():
         raise ValueError(f"expected a recipe (a YAML file) as first argument; got {arguments[:1]}.")
@@ -71,7 +78,26 @@ def parse(arguments: list[str]) -> tuple[DataArguments, MMARTrainingArguments]:
         values[key] = yaml.safe_load(value)
     if missing := [key for key in ("model", "data", "output_dir") if key not in values]:
         raise ValueError(f"the training needs {', '.join(missing)}; give them as key=value.")
+    kinds = {f.name: f.type for part in (DataArguments, MMARTrainingArguments) for f in dataclasses.fields(part)}
+    values = {name: _typed(name, value, kinds[name]) if name in kinds else value for name, value in values.items()}
     return HfArgumentParser((DataArguments, MMARTrainingArguments)).parse_dict(values)
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """A value of a recipe as its field's type; YAML 1.1 reads 1e-3 as text, and any text as true."""
+    kinds = set(get_args(kind)) if get_origin(kind) in (Union, UnionType) else {kind}
+    if value is None:
+        return value
+    expected = next((k for k in (bool, int, float) if k in kinds), None)
+    if expected is None or str in kinds:
+        return value
+    if expected is float and not isinstance(value, bool):
+        with contextlib.suppress(TypeError, ValueError):
+            return float(value)
+    elif type(value) is expected or (expected is int and float in kinds and type(value) is float):
+        return value
+    example = {bool: "true or false", int: "an integer", float: "a number"}[expected]
+    raise ValueError(f"`{name}` must be {example}; got {value!r}.")
 
 
 def check_same_vae(checkpoint: str, model: MMARForConditionalGeneration) -> None:

@@ -24,12 +24,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+# 16 pixels to a token along each axis, as KL-16: a 64 x 64 picture becomes 16 tokens of 32 channels.
 VAE_CONFIG = {
-    "block_out_channels": [16, 32, 64, 96],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [16, 32, 64, 80, 80],
+    "down_block_types": ["DownEncoderBlock2D"] * 5,
+    "up_block_types": ["UpDecoderBlock2D"] * 5,
     "layers_per_block": 1,
-    "latent_channels": 8,
+    "latent_channels": 32,
     "norm_num_groups": 1,
     "sample_size": 64,
 }
@@ -39,10 +40,22 @@ KL_START, KL_WARMUP = 0.35, 0.2
 
 
 def read_pictures(path: str | Path, size: int) -> Tensor:
-    """Reads the `image` column of a parquet: `torch.ByteTensor` of shape `(N, 3, size, size)`."""
+    """
+    Reads the `image` column {bytes, path} of a parquet: `torch.ByteTensor` of shape `(N, 3, size, size)`; raises
+    `ValueError` if the column or a row's picture is missing or broken.
+    """
+    table = pq.read_table(path)
+    if "image" not in table.column_names or not len(table):
+        raise ValueError(f"{Path(path).name} must have a column `image` and at least one row.")
     pictures = []
-    for image in pq.read_table(path, columns=["image"]).column("image").to_pylist():
-        picture = Image.open(io.BytesIO(image["bytes"])).convert("RGB")
+    for index, image in enumerate(table.column("image").to_pylist()):
+        try:
+            picture = Image.open(io.BytesIO(image["bytes"])).convert("RGB")
+        except (TypeError, KeyError, OSError) as error:
+            raise ValueError(
+                f"row {index} of {Path(path).name} must hold a picture's file as image {{bytes, path}}; it cannot be "
+                f"read ({error}). Drop the row or mend it."
+            ) from error
         pictures.append(np.asarray(picture.resize((size, size), Image.Resampling.LANCZOS)))
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
@@ -107,12 +120,15 @@ def main() -> None:
     parser.add_argument("--kl_weight", type=float, default=0.03, help="per unit of KL, against summed absolute error")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if args.minutes <= 0 or args.batch_size < 1:
+    if not 0 < args.minutes < math.inf or args.batch_size < 1:
         parser.error("--minutes must be above 0 and --batch_size at least 1")
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out must be a folder; {args.out} is a file")
 
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     pictures = read_pictures(args.data, VAE_CONFIG["sample_size"])
+    held_out = read_pictures(args.eval_data, VAE_CONFIG["sample_size"]) if args.eval_data else None
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     vae = AutoencoderKL(**VAE_CONFIG).to(device, memory_format=torch.channels_last)
     print(f"{sum(p.numel() for p in vae.parameters()):,} parameters, {len(pictures)} pictures", flush=True)
@@ -160,8 +176,10 @@ def main() -> None:
 
     vae = averaged.module.eval()
     report = {"steps": step, "train": measure(vae, pictures)}
-    if args.eval_data:
-        report["held_out"] = measure(vae, read_pictures(args.eval_data, VAE_CONFIG["sample_size"]))
+    if held_out is not None:
+        report["held_out"] = measure(vae, held_out)
+    if not math.isfinite(report["train"]["psnr"]):
+        raise ValueError("expected a VAE that trained; its error is NaN or infinite. Lower --learning_rate.")
     # The channels differ in spread; one scale for all would leave some of them with hardly any of the loss.
     vae.register_to_config(
         scaling_factor=1.0,

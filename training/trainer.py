@@ -14,7 +14,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..pipelines.pipeline_mmar import MMARPipeline
 from ..processors.processing_mmar import MMARProcessor
-from .optimizer import muon_with_adamw
 
 
 EMA_FILE = "ema.safetensors"
@@ -33,9 +32,6 @@ class MMARTrainingArguments(TrainingArguments):
             (Sec. 3.3.3); 0 turns it off.
         train_backbone (`bool`, *optional*, defaults to `False`): Also train Qwen2's own weights; for a backbone that
             was not pretrained.
-        muon_learning_rate (`float`, *optional*, defaults to 0.0): Train the hidden matrices with Muon at this learning
-            rate, and the rest with AdamW at `learning_rate`; 0 trains all with the optimizer of `optim`, the paper's
-            AdamW.
         compile_layers (`bool`, *optional*, defaults to `False`): Compile each transformer layer and diffusion block
             with `torch.compile` for any batch and length; on a CPU it needs a C++ compiler. `torch_compile` compiles
             the whole model, which breaks where MMAR looks at its masks.
@@ -43,7 +39,6 @@ class MMARTrainingArguments(TrainingArguments):
 
     ema_decay: float = field(default=0.9999, metadata={"help": "momentum of the weights' moving average; 0: none"})
     train_backbone: bool = field(default=False, metadata={"help": "also train Qwen2's own weights"})
-    muon_learning_rate: float = field(default=0.0, metadata={"help": "Muon's, on hidden matrices; 0: no Muon"})
     compile_layers: bool = field(default=False, metadata={"help": "compile each layer with torch.compile"})
 
     def __post_init__(self):
@@ -52,10 +47,10 @@ class MMARTrainingArguments(TrainingArguments):
         super().__post_init__()
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be in [0, 1); got {self.ema_decay}.")
-        if self.muon_learning_rate < 0:
-            raise ValueError(f"`muon_learning_rate` must be at least 0; got {self.muon_learning_rate}.")
         # The collator reads columns that `forward` does not name.
         self.remove_unused_columns = False
+        # A loss of NaN must show, and stops the training.
+        self.logging_nan_inf_filter = False
 
 
 class EMA:
@@ -139,6 +134,10 @@ class MMARTrainer(Trainer):
     loss_is_scaled_for_ga = False
 
     def __init__(self, model: nn.Module, args: MMARTrainingArguments, **kwargs):
+        if not isinstance(args, MMARTrainingArguments):
+            raise ValueError(f"`args` must be MMARTrainingArguments; got {type(args).__name__}.")
+        if not hasattr(model, "freeze"):
+            raise ValueError(f"`model` must be an MMARForConditionalGeneration; got {type(model).__name__}.")
         model.freeze(train_backbone=args.train_backbone)
         super().__init__(model=model, args=args, **kwargs)
         if args.ema_decay > 0 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
@@ -179,8 +178,18 @@ class MMARTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:
+            self._check_finite()
             logs = {**logs, **self._mean_losses()}
         super().log(logs, *args, **kwargs)
+
+    def _check_finite(self) -> None:
+        """Raises a `ValueError` if a loss since the last log was NaN or infinite: nothing good can come after it."""
+        for name, total in self._sums.items():
+            if not bool(torch.isfinite(total).all()):
+                raise ValueError(
+                    f"expected finite losses; got a {name} of NaN or infinity before step {self.state.global_step}. "
+                    "Lower `learning_rate`, or look for broken rows; the checkpoints before it are good."
+                )
 
     def _mean_losses(self) -> dict[str, float]:
         """Means of the losses since the last call, over the micro-batches of all ranks that had them."""
@@ -197,32 +206,19 @@ class MMARTrainer(Trainer):
             name for name in names if not name.endswith(("mask_token", "position_embedding", "embed_tokens.weight"))
         ]
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer of `optim`, or Muon with AdamW where `muon_learning_rate` is given."""
-        args, model = self.args, self.model if model is None else model
-        if self.optimizer is None and args.muon_learning_rate > 0:
-            self.optimizer = muon_with_adamw(
-                model,
-                self.get_decay_parameter_names(model),
-                args.muon_learning_rate,
-                args.learning_rate,
-                (args.adam_beta1, args.adam_beta2),
-                args.adam_epsilon,
-                args.weight_decay,
-            )
-        return super().create_optimizer(model)
-
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         with self.ema_weights():
             return super().evaluate(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        self._check_finite()
         super()._save(output_dir, state_dict)
         if self.args.should_save and isinstance(self.processing_class, MMARProcessor):
             # So that a checkpoint opens through every door.
             self._pipeline.save_index(output_dir if output_dir is not None else self.args.output_dir)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._check_finite()
         if self.ema is not None and self.args.should_save:
             folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)

@@ -92,32 +92,6 @@ def test_resumed_training_equals_unbroken_training(tmp_path, processor):
         assert torch.equal(part.ema.shadow[name], value), name
 
 
-def test_muon_trains_the_hidden_matrices_and_resumes(tmp_path, processor):
-    options = {"save_strategy": "steps", "save_steps": 3, "muon_learning_rate": 1e-2}
-    whole = make_trainer(tmp_path / "whole", processor, **options)
-    before = {n: p.detach().clone() for n, p in whole.model.named_parameters() if p.requires_grad}
-    whole.train()
-    muon, adamw = whole.optimizer.optimizer.optimizers  # the chain, within accelerate's
-    names = {id(p): n for n, p in whole.model.named_parameters()}
-    hidden = {names[id(p)] for group in muon.param_groups for p in group["params"]}
-    others = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
-    assert hidden | others == set(before) and not hidden & others
-    assert "model.language_model.layers.0.self_attn.q_proj.image_A" in hidden
-    assert {"diffusion_mlp.output_projection.weight", "model.latent_encoder.position_embedding"} <= others
-    assert all(not torch.equal(p, before[n]) for n, p in whole.model.named_parameters() if n in before)
-    # One schedule drives both, and both are resumed.
-    resumed = make_trainer(tmp_path / "resumed", processor, **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
-    assert losses(resumed) == losses(whole)
-    assert [g["lr"] for g in resumed.optimizer.param_groups] == [g["lr"] for g in whole.optimizer.param_groups]
-    plain = make_trainer(tmp_path / "plain", processor, save_strategy="steps", save_steps=3)
-    plain.train()
-    with pytest.raises(ValueError, match="expected the states of 2 chained optimizers; got 0"):
-        make_trainer(tmp_path / "other", processor, **options).train(
-            resume_from_checkpoint=str(tmp_path / "plain" / "checkpoint-3")
-        )
-
-
 def test_train_backbone_trains_qwen2(tmp_path, processor):
     trainer = make_trainer(tmp_path, processor, train_backbone=True, max_steps=1)
     weight = trainer.model.model.language_model.layers[0].mlp.up_proj.weight
@@ -203,6 +177,35 @@ def test_recipe_parses_and_overrides_win(tmp_path):
 def test_bad_command_lines(arguments, message):
     with pytest.raises(ValueError, match=message):
         parse(arguments)
+
+
+def test_yaml_values_become_the_types_of_their_fields(tmp_path):
+    base = [str(RECIPE), "model=m", "data=d", f"output_dir={tmp_path}"]
+    assert parse([*base, "learning_rate=1e-3"])[1].learning_rate == 1e-3  # a string in YAML 1.1
+    for override, message in (
+        ("max_steps=abc", "`max_steps` must be an integer; got 'abc'"),
+        ("ema_decay=a", "`ema_decay` must be a number; got 'a'"),
+        ("resume='no'", "`resume` must be true or false; got 'no'"),
+        ("mask_ratio_min=1.0", r"`mask_ratio_min` must be in \[0, 1\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse([*base, override])
+
+
+def test_a_loss_of_nan_ends_the_training_and_saves_nothing(tmp_path, processor):
+    trainer = make_trainer(tmp_path, processor, save_strategy="steps", save_steps=1)
+    with torch.no_grad():
+        trainer.model.diffusion_mlp.output_projection.bias[0] = float("nan")
+    with pytest.raises(ValueError, match="expected finite losses; got a image_loss of NaN or infinity before step 1"):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_trainer_arguments_of_another_kind(tmp_path, processor):
+    with pytest.raises(ValueError, match="`args` must be MMARTrainingArguments; got TrainingArguments"):
+        MMARTrainer(make_model(processor), TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+    with pytest.raises(ValueError, match="`model` must be an MMARForConditionalGeneration; got Linear"):
+        MMARTrainer(torch.nn.Linear(1, 1), MMARTrainingArguments(output_dir=str(tmp_path), use_cpu=True))
 
 
 def test_checkpoint_of_another_model_is_refused(tmp_path, processor):
