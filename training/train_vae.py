@@ -23,6 +23,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..conversion.latent_moments import LatentMoments
+
 
 # 16 pixels to a token along each axis, as KL-16: a 64 x 64 picture becomes 16 tokens of 32 channels.
 VAE_CONFIG = {
@@ -89,22 +91,18 @@ def chroma_error(prediction: Tensor, target: Tensor) -> Tensor:
 @torch.no_grad()
 def measure(vae: AutoencoderKL, pictures: Tensor) -> dict[str, float | list[float]]:
     """Reconstruction PSNR in dB (posterior mode), mean and std of each sampled channel, mean posterior std."""
-    error, count, posterior_std = 0.0, 0, 0.0
-    total, square = torch.zeros(2, vae.config.latent_channels, dtype=torch.float64)
+    error, posterior_std = 0.0, 0.0
+    moments = LatentMoments(vae.config.latent_channels)
     for chunk in pictures.split(64):
         pixel_values = (chunk.float() / 127.5 - 1).to(vae.device)
         posterior = vae.encode(pixel_values).latent_dist
         error += F.mse_loss(vae.decode(posterior.mode()).sample.clamp(-1, 1), pixel_values).item() * len(chunk)
-        latents = posterior.sample().double().cpu()
-        count += latents[:, 0].numel()
-        total += latents.sum((0, 2, 3))
-        square += latents.square().sum((0, 2, 3))
+        moments.update(posterior.mean, posterior.std)
         posterior_std += posterior.std.mean().item() * len(chunk)
-    mean = total / count
     return {
         "psnr": 10 * math.log10(4 * len(pictures) / error),
-        "latents_mean": mean.tolist(),
-        "latents_std": (square / count - mean**2).sqrt().tolist(),
+        "latents_mean": moments.mean[:-1].tolist(),
+        "latents_std": moments.std[:-1].tolist(),
         "posterior_std": posterior_std / len(pictures),
     }
 

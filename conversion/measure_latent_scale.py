@@ -1,0 +1,266 @@
+"""
+Measures the mean and std of a VAE's latents on one's pictures, and writes shift and scale to its config.
+
+    python -m mmar.conversion.measure_latent_scale runs/kl16 PICTURES
+
+PICTURES is a folder, a parquet file (or a folder of them) with a column of pictures, or the id of a data set of
+`datasets`. Pictures come in random order and are read until the standard errors are below the tolerance. The folder is
+that of an `AutoencoderKL` or of an MMAR; in both the scale stands in the VAE's config, and nowhere else.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from safetensors import safe_open
+from tqdm.auto import tqdm
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from ..modeling_mmar.configuration_mmar import MMARConfig
+from ..processors.image_processing_mmar import MMARImageProcessor
+from .latent_moments import LatentMoments
+
+
+MODES = ("scalar", "channel")
+# Of a streamed data set, from which the next picture is drawn.
+SHUFFLE_BUFFER = 1000
+# A posterior's std is clamped to 3e-7; less spread than this is none.
+MIN_STD = 1.0e-6
+
+
+def iterate_pictures(
+    source: str, column: str = "image", split: str = "train", seed: int = 0
+) -> Iterator[Image.Image | bytes | str]:
+    r"""
+    Pictures of a folder, of parquet files or of a data set, in random order.
+
+    Args:
+        source (`str`): Folder, parquet file, or id of a data set.
+        column (`str`, *optional*, defaults to `"image"`): Where the pictures are in parquet and data sets.
+        split (`str`, *optional*, defaults to `"train"`): Split of a data set.
+        seed (`int`, *optional*, defaults to 0): Of the order.
+
+    Yields:
+        Paths, bytes or PIL pictures, not yet decoded where they are files.
+
+    Raises:
+        ValueError: If there are no pictures.
+    """
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in Image.registered_extensions())
+        if files:
+            order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))
+            yield from (str(files[i]) for i in order.tolist())
+            return
+        if not (parquets := sorted(path.rglob("*.parquet"))):
+            raise ValueError(f"expected pictures or parquet files in {source!r}; there are none. Name another folder.")
+        files = [str(file) for file in parquets]
+        dataset = _load_dataset("parquet", source, column, data_files={split: files}, split=split)
+    elif path.suffix == ".parquet":
+        if not path.is_file():
+            raise ValueError(f"expected a parquet file; there is none at {source!r}. Check the path.")
+        dataset = _load_dataset("parquet", source, column, data_files={split: source}, split=split)
+    else:
+        dataset = _load_dataset(source, source, column, split=split)
+    for row in dataset.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER):
+        picture = row[column]
+        yield (picture["bytes"] or picture["path"]) if isinstance(picture, dict) else picture
+
+
+def _load_dataset(name: str, source: str, column: str, **kwargs: Any) -> Any:
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(name, streaming=True, **kwargs)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"expected a folder, a parquet file or the id of a data set; {source!r} cannot be opened ({error})."
+        ) from error
+    features = dataset.features or {}
+    if column not in features:
+        raise ValueError(
+            f"{source!r} must have a column {column!r}; it has {', '.join(features)}. Name it with --column."
+        )
+    if isinstance(features[column], datasets.Image):
+        # Decoded below, where a broken picture is counted and not fatal.
+        dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    return dataset
+
+
+def load_vae(folder: Path) -> tuple[AutoencoderKL, dict[str, Any]]:
+    r"""
+    Loads the VAE of a folder, without the rest of an MMAR.
+
+    Args:
+        folder (`Path`): Of a diffusers `AutoencoderKL`, or of an MMAR that holds its VAE.
+
+    Returns:
+        The VAE, and the folder's config as it stands in the file.
+
+    Raises:
+        ValueError: If the folder is neither.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"expected the folder of a VAE or of an MMAR; {str(folder)!r} has no readable config.json ({error})."
+        ) from error
+    if config.get("_class_name") == "AutoencoderKL":
+        return AutoencoderKL.from_pretrained(folder).eval(), config
+    if config.get("model_type") != "mmar":
+        kind = config.get("_class_name") or config.get("model_type")
+        raise ValueError(f"expected the folder of an AutoencoderKL or of an MMAR; {str(folder)!r} is of a {kind!r}.")
+    vae = AutoencoderKL(**MMARConfig.from_pretrained(folder).vae_config)
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    names = [SAFE_WEIGHTS_NAME]
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    state = {}
+    for name in names:
+        with safe_open(folder / name, framework="pt") as file:
+            state |= {key[4:]: file.get_tensor(key) for key in file.keys() if key.startswith("vae.")}
+    if not state:
+        raise ValueError(
+            f"expected the weights of the VAE in {str(folder)!r}; there are none, it is kept by reference. Measure "
+            "the VAE's own folder."
+        )
+    vae.load_state_dict(state)
+    return vae.eval(), config
+
+
+@torch.no_grad()
+def measure(
+    vae: AutoencoderKL,
+    pictures: Iterator[Any],
+    image_size: int,
+    tolerance: float = 0.005,
+    max_pictures: int | None = None,
+    batch_size: int = 16,
+) -> tuple[LatentMoments, int]:
+    r"""
+    Measures the moments of a VAE's latents until they have converged or the pictures end.
+
+    Args:
+        vae (`AutoencoderKL`): In eval mode; its device does the work.
+        pictures (iterator): Paths, bytes or PIL pictures; see `iterate_pictures`.
+        image_size (`int`): Pixels along each side, after resizing and cropping.
+        tolerance (`float`, *optional*, defaults to 0.005): Largest standard error, in units of the std.
+        max_pictures (`int`, *optional*): Stop here at the latest.
+        batch_size (`int`, *optional*, defaults to 16): Pictures per pass.
+
+    Returns:
+        `LatentMoments`, and how many pictures could not be read.
+
+    Raises:
+        ValueError: If no picture could be read, or the latents are NaN, infinite or all the same.
+    """
+    processor = MMARImageProcessor(size={"height": image_size, "width": image_size})
+    moments, broken, batch = LatentMoments(vae.config.latent_channels), 0, []
+
+    def encode() -> None:
+        if batch:
+            pixel_values = torch.cat(batch).to(vae.device, vae.dtype)
+            posterior = vae.encode(pixel_values).latent_dist
+            moments.update(posterior.mean, posterior.std)
+            batch.clear()
+
+    with tqdm(total=max_pictures, unit=" pictures", desc="measuring") as bar:
+        for picture in pictures:
+            try:
+                batch.append(processor(processor.fetch_images([picture]), return_tensors="pt")["pixel_values"])
+            except (ValueError, OSError):
+                broken += 1
+                continue
+            bar.update()
+            if len(batch) == batch_size:
+                encode()
+                bar.set_postfix(error=f"{float(moments.errors().max()):.4f}", broken=broken)
+                if moments.converged(tolerance):
+                    break
+            if max_pictures is not None and moments.num_pictures + len(batch) >= max_pictures:
+                break
+    encode()
+    if not moments.num_pictures:
+        raise ValueError(f"expected pictures to measure on; none could be read, {broken} were broken.")
+    if not bool(torch.isfinite(moments.std).all()) or not bool((moments.std > MIN_STD).all()):
+        raise ValueError(
+            f"expected latents that vary; got the stds {moments.std[:-1].tolist()}. Check the VAE and the pictures."
+        )
+    return moments, broken
+
+
+def write_scale(folder: Path, config: dict[str, Any], moments: LatentMoments, mode: str) -> dict[str, Any]:
+    r"""
+    Writes the measured scale to a folder's config, in whole or not at all.
+
+    Args:
+        folder (`Path`): Of the VAE or MMAR.
+        config (`dict`): Its config, as `load_vae` gives it.
+        moments (`LatentMoments`): What was measured.
+        mode (`str`): `"scalar"` for one shift and scale, `"channel"` for one per channel.
+
+    Returns:
+        `dict`: The four entries as written.
+    """
+    entries: dict[str, Any] = {"scaling_factor": 1.0, "shift_factor": None, "latents_mean": None, "latents_std": None}
+    if mode == "scalar":
+        entries |= {"scaling_factor": 1 / float(moments.std[-1]), "shift_factor": float(moments.mean[-1])}
+    else:
+        entries |= {"latents_mean": moments.mean[:-1].tolist(), "latents_std": moments.std[:-1].tolist()}
+    of_vae = config["vae_config"] if config.get("model_type") == "mmar" else config
+    changed = {**of_vae, **entries}
+    changed = {**config, "vae_config": changed} if config.get("model_type") == "mmar" else changed
+    unfinished = folder / "config.json.unfinished"
+    unfinished.write_text(json.dumps(changed, indent=2, sort_keys=True) + "\n", encoding="utf-8", newline="\n")
+    unfinished.replace(folder / "config.json")
+    return entries
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="of an AutoencoderKL or an MMAR; its config.json is changed")
+    parser.add_argument("pictures", help="folder, parquet file, or id of a data set")
+    parser.add_argument("--mode", choices=MODES, default="scalar", help="one scale for all channels, or one each")
+    parser.add_argument("--tolerance", type=float, default=0.005, help="largest standard error, in units of the std")
+    parser.add_argument("--max_pictures", type=int, help="stop here at the latest")
+    parser.add_argument("--image_size", type=int, help="pixels along each side; the config's by default")
+    parser.add_argument("--column", default="image", help="of the pictures, in parquet files and data sets")
+    parser.add_argument("--split", default="train", help="of a data set")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0, help="of the order")
+    parser.add_argument("--dry_run", action="store_true", help="measure, and write nothing")
+    args = parser.parse_args()
+    if not 0 < args.tolerance < math.inf or args.batch_size < 1 or (args.max_pictures or 1) < 1:
+        parser.error("--tolerance must be above 0, --batch_size and --max_pictures at least 1")
+
+    vae, config = load_vae(args.folder)
+    if torch.accelerator.is_available():
+        vae.to(torch.accelerator.current_accelerator())
+    image_size = args.image_size or config.get("image_size") or config["sample_size"]
+    pictures = iterate_pictures(args.pictures, args.column, args.split, args.seed)
+    moments, broken = measure(vae, pictures, image_size, args.tolerance, args.max_pictures, args.batch_size)
+    report = {
+        "pictures": moments.num_pictures,
+        "broken": broken,
+        "converged": moments.converged(args.tolerance),
+        "standard_error": float(moments.errors().max()),
+        "mean": moments.mean[:-1].tolist(),
+        "std": moments.std[:-1].tolist(),
+        "mean_of_all": float(moments.mean[-1]),
+        "std_of_all": float(moments.std[-1]),
+    }
+    if not args.dry_run:
+        report["written"] = write_scale(args.folder, config, moments, args.mode)
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()
