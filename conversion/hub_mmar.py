@@ -7,9 +7,13 @@ own, `ENTRY_MODULE`, which names all the others and is named by none.
 """
 
 import re
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import CommitInfo, HfApi, ModelCard
+from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError
 
 
 if TYPE_CHECKING:
@@ -21,11 +25,12 @@ if TYPE_CHECKING:
 
 # What is exported, by folder of the installed package.
 REMOTE_MODULES = {
-    "conversion": ("hub_mmar",),
+    "conversion": ("card_mmar", "hub_mmar"),
     "modeling_mmar": (
         "configuration_mmar",
         "diffusion_mmar",
         "embedding_vit_mmar",
+        "frozen_parts_mmar",
         "generation_mmar",
         "masking_mmar",
         "modeling_mmar",
@@ -83,6 +88,71 @@ def export_remote_code(folder: str | Path) -> None:
     texts[f"{ENTRY_MODULE}.py"] = _entry_text()
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8", newline="\n")
+
+
+def push_folder(
+    write: Callable[[Path], Any],
+    repo_id: str,
+    card: Callable[[str], ModelCard] | None = None,
+    commit_message: str = "Upload MMAR",
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> CommitInfo:
+    r"""
+    Uploads what is written to a folder, as one commit; the repository and the branch are made if need be.
+
+    Args:
+        write (`Callable`): Writes to the folder that it is given.
+        repo_id (`str`): Repository, `"OWNER/NAME"` or `"NAME"`.
+        card (`Callable`, *optional*): Makes the model card for the repository's full name, where it has none yet.
+        commit_message (`str`, *optional*): Title of the commit.
+        commit_description (`str`, *optional*): Text of the commit.
+        private (`bool`, *optional*): Of a new repository.
+        token (`str` or `bool`, *optional*): As in huggingface_hub; the stored one by default.
+        revision (`str`, *optional*): Branch; main by default.
+        create_pr (`bool`, *optional*, defaults to `False`): Open a pull request instead.
+
+    Returns:
+        `huggingface_hub.CommitInfo`
+
+    Raises:
+        ValueError: If there is no token that may write, or the upload broke. Large files that arrived are not sent
+            again by the next try.
+    """
+    api = HfApi(token=token)
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            write(folder)
+            if card is not None and not api.file_exists(repo_id, "README.md", revision=revision):
+                card(repo_id).save(folder / "README.md")
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+            )
+    except HFValidationError as error:
+        raise ValueError(f"`repo_id` must be 'OWNER/NAME' or 'NAME'; got {repo_id!r}.") from error
+    except (HTTPError, LocalTokenNotFoundError, RuntimeError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403) or isinstance(error, LocalTokenNotFoundError):
+            raise ValueError(
+                f"expected a token that may write to {repo_id!r}; there is none, or it may not. Pass `token`, or log "
+                "in with `hf auth login`."
+            ) from error
+        raise ValueError(
+            f"the upload to {repo_id!r} broke ({type(error).__name__}: {str(error).strip().splitlines()[0]}); nothing "
+            "was committed. Try again: large files that arrived are not sent twice."
+        ) from error
 
 
 def _module_paths() -> Iterator[Path]:

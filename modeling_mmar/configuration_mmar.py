@@ -42,6 +42,8 @@ QWEN2_0_5B_CONFIG = {
 # The paper's protocol: one token per step, 100 DDPM steps each (Sec. 4.6), guidance 10 (suppl. Sec. 6.5).
 PAPER_IMAGE_GENERATION = {"num_ar_steps": 256, "num_inference_steps": 100, "guidance_scale": 10.0}
 
+FROZEN_PARTS = ("backbone", "vae")
+FROZEN_WEIGHTS = ("included", "referenced")
 PREDICTION_TYPES = ("v_prediction", "epsilon")
 # Labels of tokens that carry no text loss; the index that torch's cross entropy ignores.
 IGNORE_INDEX = -100
@@ -160,6 +162,10 @@ class MMARConfig(PreTrainedConfig):
             `guidance_scale`; the paper's protocol when not given (Sec. 4.6).
         null_prompt_ids (`list[int]`, *optional*): Tokens of the null prompt, for guidance where no processor is at
             hand, as in `generate(generation_mode="image")`. `MMARPipeline` fills them in.
+        frozen_parts (`dict`, *optional*): Where the frozen parts come from: `"backbone"` and `"vae"`, each with
+            `repo_id` and, for a repository, the commit as `revision`, for a local folder `sha256` of its files.
+        frozen_weights (`str`, *optional*, defaults to `"included"`): Whether the weights of these parts are
+            `"included"` in the folder, or only `"referenced"` there.
         tie_word_embeddings (`bool`, *optional*): Copied from `text_config`; no need to set it.
 
     Example:
@@ -190,6 +196,8 @@ class MMARConfig(PreTrainedConfig):
     image_token_id: int = 151646
     image_generation: dict[str, Any] | None = None
     null_prompt_ids: list[int] | None = None
+    frozen_parts: dict[str, Any] | None = None
+    frozen_weights: str = "included"
     tie_word_embeddings: bool | None = None
 
     def __post_init__(self, **kwargs):
@@ -266,6 +274,14 @@ class MMARConfig(PreTrainedConfig):
             raise ValueError(
                 f"`image_generation['guidance_scale']` must be a finite number of at least 0; got {scale!r}."
             )
+        for part, reference in (self.frozen_parts or {}).items():
+            _check_reference(part, reference)
+        if self.frozen_weights not in FROZEN_WEIGHTS:
+            raise ValueError(
+                f"`frozen_weights` must be one of {', '.join(FROZEN_WEIGHTS)}; got {self.frozen_weights!r}."
+            )
+        if self.frozen_weights == "referenced" and not self.frozen_parts:
+            raise ValueError("`frozen_weights` is 'referenced', but `frozen_parts` names no part; name the parts.")
         if self.plora_rank < 1:
             raise ValueError(f"`plora_rank` must be at least 1; got {self.plora_rank}.")
         if not 0 <= self.image_token_id < self.text_config.vocab_size:
@@ -273,3 +289,14 @@ class MMARConfig(PreTrainedConfig):
                 f"`image_token_id` ({self.image_token_id}) must lie inside `text_config.vocab_size` "
                 f"({self.text_config.vocab_size}), so that no embedding row has to be added."
             )
+
+
+def _check_reference(part: str, reference: Any) -> None:
+    if part not in FROZEN_PARTS:
+        raise ValueError(f"`frozen_parts` may hold {', '.join(FROZEN_PARTS)}; got {part!r}.")
+    known = {"repo_id", "revision", "sha256"}
+    if not isinstance(reference, dict) or not isinstance(reference.get("repo_id"), str) or reference.keys() - known:
+        raise ValueError(
+            f"`frozen_parts[{part!r}]` must be a dict with `repo_id`, and `revision` or `sha256` where they are "
+            f"known; got {reference!r}."
+        )

@@ -1,19 +1,22 @@
 """MMAR: one model for text from images and images from text (arXiv 2410.10798)."""
 
+import contextlib
+import copy
 import inspect
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from huggingface_hub import CommitInfo, ModelCard
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
@@ -21,7 +24,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, ModelOutput
 
-from ..conversion.hub_mmar import export_remote_code
+from ..conversion.card_mmar import count_parameters, make_model_card
+from ..conversion.hub_mmar import export_remote_code, push_folder
 from .configuration_mmar import IGNORE_INDEX, MMARConfig
 from .diffusion_mmar import (
     TIMESTEP_INITIAL_STD,
@@ -31,6 +35,7 @@ from .diffusion_mmar import (
     diffusion_loss,
 )
 from .embedding_vit_mmar import MMAREmbeddingViT, MMARLatentEncoder, MMARViTLinear
+from .frozen_parts_mmar import DOWNLOAD_ARGUMENTS, KEY_MAPPING, check_unchanged, joined_folder, part_of
 from .generation_mmar import MMARImageGenerationMixin
 from .masking_mmar import cached_position_ids, image_block_ids, shared_position_ids
 from .plora_mmar import MMARQwen2Model
@@ -38,6 +43,8 @@ from .plora_mmar import MMARQwen2Model
 
 # Largest absolute pixel value that is taken for [-1, 1].
 MAX_PIXEL_VALUE = 1.1
+# Parts that a quantization leaves alone, beside PLoRA's own weights.
+NOT_QUANTIZED = ("lm_head", "model.latent_encoder", "diffusion_mlp", "vae")
 
 
 @dataclass
@@ -332,15 +339,32 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         **kwargs,
     ):
         r"""
-        Loads a model; see `PreTrainedModel.from_pretrained`.
+        Loads a model; see `PreTrainedModel.from_pretrained`. Frozen parts that it keeps by reference are fetched and
+        joined.
 
         Raises:
-            ValueError: If weights are missing: a file of a local folder, or tensors in the files. transformers would
-                draw the latter at random.
+            ValueError: If weights are missing: a file of a local folder, a part that is named by reference, or tensors
+                in the files. transformers would draw the latter at random.
         """
-        if pretrained_model_name_or_path is not None and not kwargs.get("subfolder") and not kwargs.get("variant"):
-            _check_weights_files(Path(pretrained_model_name_or_path))
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        path = pretrained_model_name_or_path
+        if path is not None and not kwargs.get("subfolder") and not kwargs.get("variant"):
+            _check_weights_files(Path(path))
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = _for_backbone_only(kwargs["quantization_config"])
+        download = {name: kwargs[name] for name in DOWNLOAD_ARGUMENTS if name in kwargs}
+        place = {name: kwargs[name] for name in ("revision", "subfolder") if kwargs.get(name) is not None}
+        config = kwargs.get("config")
+        if path is not None and not isinstance(config, PreTrainedConfig):
+            config = cls.config_class.from_pretrained(path if config is None else config, **place, **download)
+        if config is not None and config.frozen_weights == "referenced" and path is not None:
+            kwargs = {name: value for name, value in kwargs.items() if name not in place} | {
+                "key_mapping": KEY_MAPPING
+            }
+            with joined_folder(path, config.frozen_parts, **place, **download) as joined:
+                model, info = super().from_pretrained(joined, *args, output_loading_info=True, **kwargs)
+            model.config.name_or_path = model.name_or_path = str(path)
+        else:
+            model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         if missing := sorted(info["missing_keys"]):
             raise ValueError(
                 f"expected all weights of the model in {str(pretrained_model_name_or_path)!r}; {len(missing)} are "
@@ -357,6 +381,7 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         is_main_process: bool = True,
         push_to_hub: bool = False,
         max_shard_size: int | str = "50GB",
+        frozen: str | None = None,
         **kwargs,
     ) -> None:
         r"""
@@ -369,10 +394,15 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             push_to_hub (`bool`, *optional*, defaults to `False`): Also upload, to `repo_id` or a repository of the
                 folder's name.
             max_shard_size (`int` or `str`, *optional*, defaults to `"50GB"`): Largest weights file.
+            frozen (`str`, *optional*): `"include"` writes all weights; `"reference"` only those that were trained, and
+                where the others come from, as `config.frozen_parts` has it. By default as the model was loaded.
             **kwargs: Other arguments of `PreTrainedModel.save_pretrained`; `repo_id`, `commit_message`, `private`,
                 `token` and `create_pr` of `push_to_hub`.
+
+        Raises:
+            ValueError: For `frozen="reference"` if `config.frozen_parts` names no part, or a part has changed since.
         """
-        hub_names = ("commit_message", "private", "token", "create_pr")
+        hub_names = ("commit_message", "private", "token", "create_pr", "revision")
         hub_kwargs = {name: kwargs.pop(name) for name in hub_names if name in kwargs}
         repo_id = kwargs.pop("repo_id", Path(save_directory).name)
         # MMAR has one format; converting "back" would only reorder the weights of a model that was loaded.
@@ -381,9 +411,12 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             raise ValueError(f"expected a folder to save to; {str(save_directory)!r} is a file. Name another.")
         weights = [Path(save_directory) / name for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
         before = [path.stat() if path.is_file() else None for path in weights]
-        super().save_pretrained(
-            save_directory, is_main_process=is_main_process, max_shard_size=max_shard_size, **kwargs
-        )
+        with self._frozen_as(frozen):
+            if self.config.frozen_weights == "referenced":
+                kwargs["state_dict"] = self._trained_state(kwargs.get("state_dict"), is_main_process)
+            super().save_pretrained(
+                save_directory, is_main_process=is_main_process, max_shard_size=max_shard_size, **kwargs
+            )
         if is_main_process:
             # One file or shards: what an earlier save left of the other kind would win over what was written now.
             written = [path.is_file() and path.stat() != old for path, old in zip(weights, before, strict=True)]
@@ -392,7 +425,109 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
                     path.unlink(missing_ok=True)
             export_remote_code(save_directory)
             if push_to_hub:
-                self.push_to_hub(repo_id, max_shard_size=max_shard_size, **hub_kwargs)
+                self.push_to_hub(repo_id, max_shard_size=max_shard_size, frozen=frozen, **hub_kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        max_shard_size: int | str = "50GB",
+        frozen: str | None = None,
+        commit_message: str = "Upload MMARForConditionalGeneration",
+        tags: list[str] | str | None = None,
+        **kwargs,
+    ) -> CommitInfo:
+        r"""
+        Uploads what `save_pretrained` writes, and a model card where the repository has none. `MMARPipeline` uploads
+        the whole folder, with the processor.
+
+        Args:
+            repo_id (`str`): Repository, made if it does not exist.
+            max_shard_size (`int` or `str`, *optional*, defaults to `"50GB"`): Largest weights file.
+            frozen (`str`, *optional*): `"include"` or `"reference"`; see `save_pretrained`.
+            commit_message (`str`, *optional*): Title of the commit.
+            tags (`list[str]`, *optional*): For the new card.
+            **kwargs: `commit_description`, `private`, `token`, `revision` (a branch) and `create_pr`.
+
+        Returns:
+            `huggingface_hub.CommitInfo`
+
+        Raises:
+            ValueError: If there is no token that may write, the upload broke, or a part is kept by reference to a
+                local folder, which others do not have.
+        """
+        return self.upload(
+            lambda folder: self.save_pretrained(folder, max_shard_size=max_shard_size),
+            repo_id,
+            frozen=frozen,
+            tags=[tags] if isinstance(tags, str) else tags,
+            commit_message=commit_message,
+            **kwargs,
+        )
+
+    def upload(
+        self,
+        write: Callable[[Path], Any],
+        repo_id: str,
+        frozen: str | None = None,
+        tags: list[str] | None = None,
+        **kwargs,
+    ) -> CommitInfo:
+        """Uploads what `write` puts into a folder, this model among it; see `push_to_hub`."""
+        parts = self.config.frozen_parts
+        with self._frozen_as(frozen):
+            self._check_shareable()
+            try:
+                # Where a part lay on this machine is nobody's business.
+                shared = {part: entry for part, entry in (parts or {}).items() if not Path(entry["repo_id"]).is_dir()}
+                self.config.frozen_parts = shared or None
+                return push_folder(write, repo_id, lambda name: self.model_card(name, tags), **kwargs)
+            finally:
+                self.config.frozen_parts = parts
+
+    def model_card(self, repo_id: str, tags: list[str] | None = None) -> ModelCard:
+        """A card of what the model itself tells; `python -m mmar.conversion.model_card` makes a fuller one."""
+        card = make_model_card(self.config, repo_id, num_parameters=count_parameters(self))
+        card.data.tags += [tag for tag in tags or [] if tag not in card.data.tags]
+        return card
+
+    def _check_shareable(self) -> None:
+        """Raises a `ValueError` if the model, as it would be saved, needs a local folder."""
+        if self.config.frozen_weights == "referenced":
+            for part, reference in self.config.frozen_parts.items():
+                if Path(reference["repo_id"]).is_dir():
+                    raise ValueError(
+                        f"expected the {part} in a repository that others can read; `config.frozen_parts[{part!r}]` "
+                        f"is the local folder {reference['repo_id']!r}. Upload it and name it, or push with "
+                        "`frozen='include'`."
+                    )
+
+    @contextlib.contextmanager
+    def _frozen_as(self, frozen: str | None) -> Iterator[None]:
+        """Has the config say, while it is written, whether the frozen weights are beside it."""
+        ways = {"include": "included", "reference": "referenced"}
+        if frozen is not None and frozen not in ways:
+            raise ValueError(f"`frozen` must be 'include' or 'reference'; got {frozen!r}.")
+        before = self.config.frozen_weights
+        frozen_weights = before if frozen is None else ways[frozen]
+        if frozen_weights == "referenced" and not self.config.frozen_parts:
+            raise ValueError(
+                "`frozen='reference'` needs `config.frozen_parts`, where the backbone and the VAE come from, such as "
+                "{'backbone': {'repo_id': 'Qwen/Qwen2-7B-Instruct', 'revision': '<commit>'}}; set it."
+            )
+        self.config.frozen_weights = frozen_weights
+        try:
+            yield
+        finally:
+            self.config.frozen_weights = before
+
+    def _trained_state(self, state: dict[str, Tensor] | None, is_main_process: bool) -> dict[str, Tensor]:
+        """The weights that no reference gives, once those that are left out are known to be what it names."""
+        state = self.state_dict() if state is None else state
+        parts = self.config.frozen_parts
+        if is_main_process:
+            check_unchanged(state, parts)
+        return {name: value for name, value in state.items() if part_of(name, parts) is None}
 
     def freeze(self, train_backbone: bool = False) -> None:
         r"""
@@ -876,6 +1011,21 @@ def _check_tensors(tensors: dict[str, Any], vocab_size: int) -> None:
                     + (f", or {allowed}" if allowed else "")
                     + f"; got {int(values[wrong][0])}. Take tokenizer and model from one folder."
                 )
+
+
+def _for_backbone_only(quantization_config: Any) -> Any:
+    """The settings of a quantization, for Qwen2's linears alone: what is trained keeps its dtype, the VAE float32."""
+    quantization_config = copy.deepcopy(quantization_config)
+    is_dict = isinstance(quantization_config, dict)
+    own = quantization_config if is_dict else vars(quantization_config)
+    method = str(getattr(own.get("quant_method"), "value", own.get("quant_method")))
+    if method != "torchao":
+        raise ValueError(
+            f"`quantization_config` must be a `TorchAoConfig`; got the method {method!r}, which would replace or pass "
+            "over PLoRA's linears."
+        )
+    own["modules_to_not_convert"] = sorted({*(own.get("modules_to_not_convert") or []), *NOT_QUANTIZED})
+    return quantization_config
 
 
 def _check_weights_files(folder: Path) -> None:

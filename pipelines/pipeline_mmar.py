@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers import __version__ as diffusers_version
 from diffusers.utils import BaseOutput
+from huggingface_hub import CommitInfo
 from PIL import Image
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMixin
@@ -341,6 +342,7 @@ class MMARPipeline(DiffusionPipeline):
         variant: str | None = None,
         max_shard_size: int | str | None = None,
         push_to_hub: bool = False,
+        frozen: str | None = None,
         **kwargs,
     ) -> None:
         r"""
@@ -353,6 +355,7 @@ class MMARPipeline(DiffusionPipeline):
             max_shard_size (`int` or `str`, *optional*): Largest weights file, as `"5GB"`; transformers' by default.
             push_to_hub (`bool`, *optional*, defaults to `False`): Also upload, to `repo_id` or a repository of the
                 folder's name.
+            frozen (`str`, *optional*): `"include"` or `"reference"`; see the model's `save_pretrained`.
             **kwargs: Arguments of `push_to_hub`.
 
         Raises:
@@ -366,11 +369,49 @@ class MMARPipeline(DiffusionPipeline):
             )
         folder = Path(save_directory)
         shard_size = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
-        self.model.save_pretrained(folder, **shard_size)
+        self.model.save_pretrained(folder, frozen=frozen, **shard_size)
         self.processor.save_pretrained(folder)
         self.save_index(folder)
         if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+            repo_id = kwargs.pop("repo_id", folder.name)
+            self.push_to_hub(repo_id, max_shard_size=max_shard_size, frozen=frozen, **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str = "Upload MMARPipeline",
+        max_shard_size: int | str | None = None,
+        frozen: str | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        **kwargs,
+    ) -> CommitInfo:
+        r"""
+        Uploads the whole folder that `save_pretrained` writes, and a model card where the repository has none.
+
+        Args:
+            repo_id (`str`): Repository, made if it does not exist.
+            commit_message (`str`, *optional*): Title of the commit.
+            max_shard_size (`int` or `str`, *optional*): Largest weights file.
+            frozen (`str`, *optional*): `"include"` or `"reference"`; see the model's `save_pretrained`.
+            safe_serialization (`bool`, *optional*, defaults to `True`): Part of diffusers' signature; only `True`.
+            variant (`str`, *optional*): Part of diffusers' signature; only None.
+            **kwargs: `commit_description`, `private`, `token`, `revision` (a branch) and `create_pr`.
+
+        Returns:
+            `huggingface_hub.CommitInfo`
+
+        Raises:
+            ValueError: If there is no token that may write, the upload broke, or a part is kept by reference to a
+                local folder, which others do not have.
+        """
+        return self.model.upload(
+            lambda folder: self.save_pretrained(folder, safe_serialization, variant, max_shard_size=max_shard_size),
+            repo_id,
+            frozen=frozen,
+            commit_message=commit_message,
+            **kwargs,
+        )
 
     def save_index(self, folder: str | os.PathLike) -> None:
         r"""

@@ -121,7 +121,8 @@ def main(spec: dict[str, Any]) -> None:
             opened = open_diffusers(repo, out / "diffusers", **trust)
         is_installed = any(name.startswith("mmar.") for name in sys.modules)
         is_remote = any(name.startswith(("transformers_modules.", "diffusers_modules.")) for name in sys.modules)
-        assert (is_installed, is_remote) == (spec["doors"] == "installed", spec["doors"] != "installed")
+        loaded = sorted(name for name in sys.modules if "mmar" in name)
+        assert (is_installed, is_remote) == (spec["doors"] == "installed", spec["doors"] != "installed"), loaded
         tensors = {f"{door}: {name}": value for door, values in opened.items() for name, value in values.items()}
         save_file(tensors, out / "opened.safetensors")
 

@@ -1,0 +1,45 @@
+"""
+Writes the model card of an MMAR folder from its config and weights, stated facts (YAML) and evaluations' results.
+
+    python -m mmar.conversion.model_card checkpoints/mmar-tiny --facts configs/mmar-tiny/card.yaml \
+        --evaluation runs/evaluation/result.json
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+import yaml
+
+from ..modeling_mmar.configuration_mmar import MMARConfig
+from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
+from .card_mmar import MMARCardFacts, count_parameters, make_model_card, read_evaluation, write_model_card
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="an MMAR folder; its README.md is replaced")
+    parser.add_argument("--facts", type=Path, help="YAML of what the author states")
+    parser.add_argument("--evaluation", type=Path, action="append", default=[], help="an evaluation's result.json")
+    parser.add_argument("--repo_id", help="repository that the examples open; the folder's name by default")
+    args = parser.parse_args()
+
+    config = MMARConfig.from_pretrained(args.folder)
+    facts = None
+    if args.facts is not None:
+        facts = MMARCardFacts.from_dict(yaml.safe_load(args.facts.read_text(encoding="utf-8")))
+    with torch.device("meta"):
+        model = MMARForConditionalGeneration(config)
+    card = make_model_card(
+        config,
+        args.repo_id or args.folder.resolve().name,
+        facts,
+        [read_evaluation(path) for path in args.evaluation],
+        count_parameters(model),
+    )
+    write_model_card(args.folder, card)
+    print(args.folder / "README.md")
+
+
+if __name__ == "__main__":
+    main()

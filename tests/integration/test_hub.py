@@ -1,0 +1,199 @@
+"""Uploads with the real client to a Hub on the loopback address, and what comes back from there."""
+
+import re
+
+import pytest
+from conftest import REPO, SHARDED_REPO
+from fresh import run_fresh
+from hub_server import Hub, serve
+from huggingface_hub import ModelCard
+
+
+TOKEN = "hf_of_the_tests"
+
+# Whether what a repository gives is bit for bit what the saved model gave.
+SAME = """
+from doors import outputs_of
+from safetensors.torch import load_file
+
+def same(pipe, expected):
+    got, expected = outputs_of(pipe.model, pipe.processor), load_file(expected)
+    return all(torch.equal(value, expected[name]) for name, value in got.items())
+"""
+RAISED = """
+def raised(call):
+    try:
+        call()
+    except Exception as error:
+        return [type(error).__name__, str(error)]
+    return ["nothing", ""]
+"""
+
+
+@pytest.fixture(scope="module")
+def hub():
+    return Hub(token=TOKEN)
+
+
+@pytest.fixture(scope="module")
+def url(hub):
+    with serve(hub) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def pushed(hub, url, home, hub_root):
+    """Pushes the pipeline twice, to a private repository and its branch, and then model and processor to another."""
+    return run_fresh(
+        f"""
+from mmar import MMARPipeline
+pipe = MMARPipeline.from_pretrained({str(hub_root / REPO)!r})
+first = pipe.push_to_hub("me/pipe.v1", private=True)
+pipe.model.config.image_generation["guidance_scale"] = 1.5
+second = pipe.push_to_hub("me/pipe.v1", revision="dev", commit_message="Less guidance")
+pipe.model.push_to_hub("parts", tags=["squares"])
+pipe.processor.push_to_hub("me/parts")
+pipe.save_pretrained("saved", push_to_hub=True, repo_id="me/saved")
+result = [first.oid, second.oid]
+""",
+        home,
+        url,
+        TOKEN,
+    )
+
+
+def test_whole_folder_arrives_as_one_commit(pushed, hub, hub_root):
+    repo = hub.repos["me/pipe.v1"]
+    assert repo.private and len(repo.commits) == 3  # .gitattributes, main, dev
+    folder = hub_root / REPO
+    expected = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    got = dict(repo.commits[pushed[0]])
+    assert got.pop(".gitattributes") and got.pop("README.md")
+    assert got == expected
+    saved = hub.repos["me/saved"]
+    assert set(saved.commits[saved.branches["main"]]) == set(repo.commits[pushed[0]])
+
+
+def test_weights_are_uploaded_once(pushed, hub):
+    assert len(hub.uploads) == len(set(hub.uploads)) == 1
+
+
+def test_card_is_made_and_not_overwritten(pushed, hub):
+    repo = hub.repos["me/pipe.v1"]
+    card = ModelCard(repo.commits[pushed[0]]["README.md"].decode())
+    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "any-to-any"
+    assert {"mmar", "text-to-image", "diffusers"} <= set(card.data.tags)
+    assert card.data.license is None and "Not stated." in card.text  # nothing invented
+    assert '"me/pipe.v1"' in card.text
+    parts = hub.repos["me/parts"]
+    files = parts.commits[parts.branches["main"]]
+    assert "squares" in ModelCard(files["README.md"].decode()).data.tags
+    assert {"model.safetensors", "config.json", "processor_config.json", "tokenizer.json"} <= set(files)
+    assert b"edited" not in files["README.md"]
+
+
+def test_revisions_and_private_repositories(pushed, url, home, hub_root):
+    expected = str(hub_root / f"{REPO}.safetensors")
+    result = run_fresh(
+        f"""{SAME}
+from mmar import MMARForConditionalGeneration, MMARPipeline, MMARProcessor
+pipe = MMARPipeline.from_pretrained("me/pipe.v1")
+at_first = MMARPipeline.from_pretrained("me/pipe.v1", revision={pushed[0]!r})
+dev = MMARPipeline.from_pretrained("me/pipe.v1", revision="dev")
+model = MMARForConditionalGeneration.from_pretrained("me/pipe.v1", revision="dev")
+result = {{
+    "same": [same(pipe, {expected!r}), same(at_first, {expected!r})],
+    "guidance": [part.config.image_generation["guidance_scale"] for part in (pipe.model, dev.model, model)],
+}}
+""",
+        home,
+        url,
+        TOKEN,
+    )
+    assert result == {"same": [True, True], "guidance": [3.0, 1.5, 1.5]}
+
+
+def test_remote_code_from_a_private_repository(pushed, url, tmp_path, hub_root):
+    expected = str(hub_root / f"{REPO}.safetensors")
+    result = run_fresh(
+        f"""{SAME}
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained("me/pipe.v1", trust_remote_code=True, token={TOKEN!r})
+result = same(pipe, {expected!r})
+""",
+        tmp_path,
+        url,
+        installed=False,
+        token=TOKEN,
+    )
+    assert result is True
+
+
+def test_offline_with_a_warm_cache(pushed, url, home, hub_root):
+    expected = str(hub_root / f"{REPO}.safetensors")
+    online = f"""{SAME}
+from mmar import MMARPipeline
+result = same(MMARPipeline.from_pretrained("me/pipe.v1"), {expected!r})
+"""
+    assert run_fresh(online, home, url, TOKEN) is True
+    assert run_fresh(online, home, None) is True
+
+
+def test_without_a_token_or_a_cache(pushed, url, tmp_path, hub_root):
+    result = run_fresh(
+        f"""{RAISED}
+from mmar import MMARForConditionalGeneration, MMARPipeline
+pipe = MMARPipeline.from_pretrained({str(hub_root / REPO)!r})
+result = [
+    raised(lambda: MMARForConditionalGeneration.from_pretrained("me/pipe.v1")),
+    raised(lambda: pipe.push_to_hub("me/other")),
+    raised(lambda: pipe.model.push_to_hub("me/other", token="hf_wrong")),
+    raised(lambda: pipe.push_to_hub("not a name")),
+]
+""",
+        tmp_path,
+        url,
+    )
+    assert result[0][0] == "OSError" and "me/pipe.v1" in result[0][1]
+    for kind, message in result[1:3]:
+        assert kind == "ValueError" and re.search("expected a token that may write to 'me/other'.*`token`", message)
+    assert result[3] == ["ValueError", "`repo_id` must be 'OWNER/NAME' or 'NAME'; got 'not a name'."]
+
+
+def test_broken_upload_goes_on(hub, url, home, hub_root):
+    push = f"""{RAISED}
+from mmar import MMARPipeline
+pipe = MMARPipeline.from_pretrained({str(hub_root / SHARDED_REPO)!r})
+result = raised(lambda: pipe.push_to_hub("me/broken", max_shard_size="200KB"))
+"""
+    before = len(hub.uploads)
+    hub.break_after = before + 1
+    try:
+        kind, message = run_fresh(push, home, url, TOKEN)
+    finally:
+        hub.break_after = None
+    assert kind == "ValueError" and "nothing was committed. Try again" in message
+    assert len(hub.uploads) == before + 1
+    assert list(hub.repos["me/broken"].commits[hub.repos["me/broken"].branches["main"]]) == [".gitattributes"]
+    assert run_fresh(push, home, url, TOKEN)[0] == "nothing"
+    shards = len(list((hub_root / SHARDED_REPO).glob("*.safetensors")))
+    assert shards > 2 and len(hub.uploads) == before + shards == len(set(hub.uploads))
+
+
+@pytest.mark.parametrize("installed", [True, False], ids=["installed", "remote code"])
+def test_each_example_of_the_card_runs(pushed, hub, url, tmp_path, installed):
+    card = ModelCard(hub.repos["me/pipe.v1"].commits[pushed[0]]["README.md"].decode())
+    blocks = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    assert len(blocks) == 5
+    chosen = [block for block in blocks if ("from mmar import" in block) == installed]
+    assert chosen
+    # The answer of a random model would be as long as its positions allow.
+    code = "\n".join(chosen).replace("generate(**inputs)", "generate(**inputs, max_new_tokens=3)")
+    code = code.replace("return_full_text=False)", "return_full_text=False, max_new_tokens=3)")
+    run_fresh(f"{code}\nfrom PIL import Image\nresult = Image.open('drawn.png').size", tmp_path, url, TOKEN, installed)
+    assert (tmp_path / "drawn.png").is_file()
