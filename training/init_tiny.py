@@ -24,14 +24,16 @@ from .data import read_rows
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", IMAGE_TOKEN]
 
 
-def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: list[str], vocab_size: int, max_length: int, special_tokens: list[str] = SPECIAL_TOKENS
+) -> PreTrainedTokenizerFast:
     """Byte-level BPE with ChatML's special tokens, trained on `texts`; any string can be encoded."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=SPECIAL_TOKENS,
+        special_tokens=special_tokens,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -40,7 +42,7 @@ def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> PreTr
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>", IMAGE_TOKEN],
+        additional_special_tokens=[name for name in special_tokens if name in ("<|im_start|>", IMAGE_TOKEN)],
         model_max_length=max_length,
         padding_side="left",
     )

@@ -1,0 +1,366 @@
+"""
+Makes an untrained MMAR from a Qwen2 and a VAE: everything that training needs to begin.
+
+    python -m mmar.conversion.init_from_qwen2 --backbone Qwen/Qwen2-7B-Instruct --vae runs/kl16 --preset mmar-7b \\
+        --out runs/mmar-7b
+
+The backbone is any Qwen2 or Qwen2.5, a local folder or a repository of the Hub; its config decides the language model,
+the preset decides PLoRA, EmbeddingViT and Diffusion MLP. Weights are written shard by shard: no more than one shard is
+in memory. `--frozen reference` leaves Qwen2 and the VAE out, and names them.
+"""
+
+import argparse
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, GenerationConfig, Qwen2Config
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from ..modeling_mmar.configuration_mmar import MMARConfig
+from ..modeling_mmar.frozen_parts_mmar import PREFIXES, make_reference, part_of, weights_files
+from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
+from ..pipelines.pipeline_mmar import MMARPipeline
+from ..processors.image_processing_mmar import MMARImageProcessor
+from ..processors.processing_mmar import MMARProcessor
+from .folders import new_folder
+from .hub_mmar import export_remote_code
+
+
+PRESETS = Path(__file__).resolve().parent.parent / "configs"
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+# What is read of a backbone.
+BACKBONE_FILES = ("config.json", "generation_config.json", "tokenizer*", "vocab.json", "merges.txt", "*.safetensors*")
+
+
+def load_preset(name: str) -> MMARConfig:
+    r"""
+    Args:
+        name (`str`): A preset, such as `"mmar-7b"`, or a folder with a config.json.
+
+    Returns:
+        `MMARConfig`
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    folder = Path(name) if (Path(name) / "config.json").is_file() else PRESETS / name
+    if not (folder / "config.json").is_file():
+        known = sorted(path.parent.name for path in PRESETS.glob("*/config.json"))
+        raise ValueError(f"`preset` must be one of {', '.join(known)} or a folder with a config.json; got {name!r}.")
+    return MMARConfig.from_pretrained(folder)
+
+
+def find_backbone(backbone: str, revision: str | None = None, token: str | None = None) -> Path:
+    """The local folder of a Qwen2, downloaded if need be; raises a `ValueError` if it cannot be had or is another."""
+    folder = Path(backbone)
+    if not folder.is_dir():
+        try:
+            folder = Path(
+                snapshot_download(backbone, revision=revision, allow_patterns=list(BACKBONE_FILES), token=token)
+            )
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+            at = f" at revision {revision!r}" if revision else ""
+            raise ValueError(
+                f"expected a local folder or a repository of the Hub; {backbone!r}{at} cannot be had "
+                f"({type(error).__name__}: {str(error).strip().splitlines()[0]}). Check the name, the revision, the "
+                "`token` and the network."
+            ) from error
+    try:
+        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"expected a Qwen2 in {backbone!r}; its config.json cannot be read ({error}).") from error
+    if model_type != "qwen2":
+        raise ValueError(
+            f"expected a Qwen2 or Qwen2.5 in {backbone!r}; got the model type {model_type!r}. PLoRA's layers are "
+            "built on Qwen2."
+        )
+    return folder
+
+
+class _Weights:
+    """Tensors of safetensors files by name, read one by one."""
+
+    def __init__(self, files: list[Path]):
+        self._files = {}
+        for file in files:
+            opened = safe_open(file, framework="pt")
+            self._files |= dict.fromkeys(opened.keys(), opened)
+
+    def names(self) -> set[str]:
+        return set(self._files)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._files[name].get_tensor(name).dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._files[name].get_tensor(name)
+
+
+def _sources(shapes: dict[str, Tensor], parts: dict[str, _Weights]) -> dict[str, tuple[str, str]]:
+    """MMAR's name -> part and name there, for all frozen weights; each is used exactly once."""
+    sources = {}
+    for name in shapes:
+        part = part_of(name, parts)
+        if part is not None:
+            prefix = next(prefix for prefix in PREFIXES[part] if name.startswith(prefix))
+            sources[name] = (part, PREFIXES[part][prefix] + name.removeprefix(prefix))
+    for part, weights in parts.items():
+        expected = {source for of, source in sources.values() if of == part}
+        # A tied head may be stored as well.
+        left_over = weights.names() - expected - ({"lm_head.weight"} if "lm_head.weight" not in shapes else set())
+        if missing := expected - weights.names():
+            raise ValueError(
+                f"expected all weights of the {part}; {len(missing)} are missing, among them "
+                f"{', '.join(sorted(missing)[:3])}. Copy or download it whole."
+            )
+        if left_over:
+            raise ValueError(
+                f"expected a {part} as its config says; {len(left_over)} weights are left over, among them "
+                f"{', '.join(sorted(left_over)[:3])}."
+            )
+    return sources
+
+
+@torch.no_grad()
+def _initial_values(model: MMARForConditionalGeneration, name: str, seed: int) -> Tensor:
+    """
+    A new weight as `MMARForConditionalGeneration(config)` draws it, float32. All of its module's are drawn, from a
+    seed of the module's own, so that the result does not depend on the shards.
+    """
+    owner_name, _, own_name = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    kept = dict(owner._parameters)
+    for key, value in kept.items():
+        if value is not None and part_of(f"{owner_name}.{key}", PREFIXES) is None:
+            owner._parameters[key] = nn.Parameter(torch.empty(value.shape))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(zlib.crc32(f"{seed}.{owner_name}".encode()))
+            is_plora = owner_name.startswith("model.language_model.")
+            (model.model.language_model if is_plora else model)._init_weights(owner)
+        return owner._parameters[own_name].data
+    finally:
+        owner._parameters.update(kept)
+
+
+def _shards(
+    model: MMARForConditionalGeneration, dtype: torch.dtype, max_shard_size: str, referenced: set[str]
+) -> tuple[dict[str, list[str]], dict[str, Any] | None]:
+    """Which weights go to which file, as `save_pretrained` has it, and the index where there are several files."""
+    tied = set(model._tied_weights_keys) if model.config.tie_word_embeddings else set()
+    planned = {
+        name: torch.empty_like(value, dtype=torch.float32 if name.startswith("vae.") else dtype)
+        for name, value in model.state_dict().items()
+        if name not in tied and part_of(name, referenced) is None
+    }
+    pattern = SAFE_WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors")
+    split = split_torch_state_dict_into_shards(planned, filename_pattern=pattern, max_shard_size=max_shard_size)
+    index = None
+    if split.is_sharded:
+        index = {
+            "metadata": {"total_parameters": model.num_parameters(), **split.metadata},
+            "weight_map": split.tensor_to_filename,
+        }
+    return split.filename_to_tensors, index
+
+
+def _shard_tensors(
+    names: list[str],
+    model: MMARForConditionalGeneration,
+    sources: dict[str, tuple[str, str]],
+    parts: dict[str, _Weights],
+    dtype: torch.dtype,
+    seed: int,
+) -> Iterator[tuple[str, Tensor]]:
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    for name in names:
+        if name in sources:
+            part, source = sources[name]
+            value = parts[part][source]
+        else:
+            part, value = None, _initial_values(model, name, seed)
+        if value.shape != shapes[name]:
+            raise ValueError(
+                f"expected {name} of shape {tuple(shapes[name])}, as the config says; the {part} has "
+                f"{tuple(value.shape)}."
+            )
+        yield name, value.to(torch.float32 if part == "vae" else dtype).contiguous()
+
+
+def init_from_qwen2(
+    backbone: str,
+    vae: str | Path,
+    preset: str,
+    out: str | Path,
+    revision: str | None = None,
+    dtype: str = "auto",
+    frozen: str = "include",
+    max_shard_size: str = "5GB",
+    seed: int = 0,
+    token: str | None = None,
+) -> dict[str, Any]:
+    r"""
+    Writes the folder of an untrained MMAR.
+
+    Args:
+        backbone (`str`): Local folder or repository of a Qwen2 or Qwen2.5.
+        vae (`str` or `Path`): Folder of a diffusers `AutoencoderKL` with its measured scale.
+        preset (`str`): Preset, or folder with a config.json, for everything but the language model and the VAE.
+        out (`str` or `Path`): Folder to make.
+        revision (`str`, *optional*): Of the backbone's repository.
+        dtype (`str`, *optional*, defaults to `"auto"`): `"float32"`, `"bfloat16"`, `"float16"`, or the backbone's own.
+        frozen (`str`, *optional*, defaults to `"include"`): `"reference"` leaves out the backbone and the VAE.
+        max_shard_size (`str`, *optional*, defaults to `"5GB"`): Largest weights file; what is in memory at a time.
+        seed (`int`, *optional*, defaults to 0): Of the new weights.
+        token (`str`, *optional*): For a repository that is not public.
+
+    Returns:
+        `dict`: Parameters by part, the image token's id, the dtype, files and their bytes.
+
+    Raises:
+        ValueError: If a part is missing, broken or does not fit; nothing is left in `out` then.
+    """
+    if frozen not in ("include", "reference") or dtype not in ("auto", *DTYPES):
+        raise ValueError(
+            f"`frozen` must be 'include' or 'reference' and `dtype` one of auto, {', '.join(DTYPES)}; got {frozen!r} "
+            f"and {dtype!r}."
+        )
+    backbone_folder = find_backbone(backbone, revision, token)
+    config = _config(preset, backbone_folder, Path(vae))
+    config.frozen_parts = {
+        "backbone": make_reference("backbone", backbone, backbone_folder, revision),
+        "vae": make_reference("vae", str(vae), Path(vae)),
+    }
+    processor = _processor(config, backbone_folder)
+    config.image_token_id = processor.image_token_id
+    config.null_prompt_ids = list(processor.generation_inputs(None, return_tensors=None)["input_ids"][0])
+    config.frozen_weights = "referenced" if frozen == "reference" else "included"
+    config.validate_architecture()
+
+    parts = {
+        "backbone": _Weights(weights_files("backbone", backbone_folder)),
+        "vae": _Weights(weights_files("vae", Path(vae))),
+    }
+    with torch.device("meta"):
+        model = MMARForConditionalGeneration(config)
+    shapes = dict(model.state_dict())
+    if config.tie_word_embeddings:
+        shapes.pop("lm_head.weight")
+    sources = _sources(shapes, parts)
+    torch_dtype = parts["backbone"].dtype("model.norm.weight") if dtype == "auto" else DTYPES[dtype]
+    config.dtype = torch_dtype
+    model.config.dtype = torch_dtype
+    model.config.architectures = [type(model).__name__]
+    if (backbone_folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(backbone_folder)
+    referenced = set(config.frozen_parts) if frozen == "reference" else set()
+    files, index = _shards(model, torch_dtype, max_shard_size, referenced)
+
+    element = torch.empty((), dtype=torch_dtype).element_size()
+    num_bytes = sum(shapes[name].numel() for names in files.values() for name in names) * element
+    with new_folder(out, num_bytes) as folder:
+        for file, names in tqdm(files.items(), desc="writing", unit=" files"):
+            tensors = dict(_shard_tensors(names, model, sources, parts, torch_dtype, seed))
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            del tensors
+        if index is not None:
+            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8", newline="\n")
+        model.config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        MMARPipeline(model, processor, model.default_scheduler()).save_index(folder)
+        export_remote_code(folder)
+        written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    counts = {
+        name: sum(parameter.numel() for parameter in module.parameters())
+        for name, module in (("model", model.model), ("diffusion_mlp", model.diffusion_mlp), ("vae", model.vae))
+    }
+    return {
+        "parameters": counts,
+        "image_token_id": config.image_token_id,
+        "dtype": str(torch_dtype).removeprefix("torch."),
+        "files": len(files),
+        "bytes": written,
+    }
+
+
+def _config(preset: str, backbone: Path, vae: Path) -> MMARConfig:
+    """The preset's config with the backbone's language model and the VAE's sizes and scale."""
+    config = load_preset(preset)
+    try:
+        vae_config = AutoencoderKL.load_config(vae)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"expected the folder of a diffusers AutoencoderKL; {str(vae)!r} cannot be read ({error}). "
+            "`mmar.conversion.convert_kl16` makes one."
+        ) from error
+    if vae_config.get("_class_name") != "AutoencoderKL":
+        raise ValueError(
+            f"expected an AutoencoderKL in {str(vae)!r}; got {vae_config.get('_class_name')!r}. MMAR's tokens are "
+            "continuous, from a KL autoencoder."
+        )
+    with torch.device("meta"):
+        # With the defaults of what the file leaves out.
+        vae_config = AutoencoderKL.from_config(vae_config).config
+    values = config.to_dict() | {
+        "text_config": Qwen2Config.from_pretrained(backbone).to_dict(),
+        "vae_config": {key: value for key, value in vae_config.items() if not key.startswith("_")},
+        # The preset's is Qwen2's; Qwen2.5 has more tokens of its own. Set again below, by the tokenizer.
+        "image_token_id": 0,
+    }
+    return MMARConfig.from_dict(values)
+
+
+def _processor(config: MMARConfig, backbone: Path) -> MMARProcessor:
+    if not any((backbone / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise ValueError(
+            f"expected Qwen2's tokenizer files in {str(backbone)!r}; there is no tokenizer.json or vocab.json. Copy "
+            "or download the folder whole."
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(backbone)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"expected Qwen2's tokenizer files in {str(backbone)!r}; they cannot be read ({error})."
+        ) from error
+    size = {"height": config.image_size, "width": config.image_size}
+    processor = MMARProcessor(MMARImageProcessor(size=size), tokenizer, num_image_tokens=config.num_latents)
+    if len(processor.tokenizer) > config.text_config.vocab_size:
+        raise ValueError(
+            f"expected room for the image token among the {config.text_config.vocab_size} rows of the backbone's "
+            f"embedding; its tokenizer has {len(processor.tokenizer)} tokens with it. Take a Qwen2 whose embedding "
+            "has unused rows."
+        )
+    return processor
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", required=True, help="folder or repository of a Qwen2 or Qwen2.5")
+    parser.add_argument("--revision", help="of the backbone's repository")
+    parser.add_argument("--vae", required=True, help="folder of an AutoencoderKL with its measured scale")
+    parser.add_argument("--preset", required=True, help="mmar-0.5b, mmar-7b, or a folder with a config.json")
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of all but the VAE")
+    parser.add_argument("--frozen", choices=("include", "reference"), default="include")
+    parser.add_argument("--max_shard_size", default="5GB")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--token", help="for a repository that is not public")
+    args = parser.parse_args()
+    print(json.dumps(init_from_qwen2(**vars(args)), indent=2))
+
+
+if __name__ == "__main__":
+    main()

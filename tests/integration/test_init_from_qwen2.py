@@ -1,0 +1,303 @@
+"""From a Qwen2 and a VAE on disk to an MMAR folder: the same numbers, the same files, no more memory than a shard."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from parts import make_preset, make_qwen2, make_vae
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, Qwen2ForCausalLM
+
+from mmar import MMARForConditionalGeneration, MMARPipeline, MMARProcessor
+from mmar.conversion.init_from_qwen2 import init_from_qwen2, load_preset
+
+
+QWEN2_FILES = Path(__file__).parents[3] / "shared" / "data" / "components"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("parts")
+    make_qwen2(root / "qwen2")
+    make_vae(root / "vae")
+    make_preset(root / "preset")
+    return root
+
+
+def init(folders, out, **options):
+    options = {"backbone": str(folders / "qwen2"), "vae": folders / "vae", "preset": str(folders / "preset")} | options
+    return init_from_qwen2(**options, out=out)
+
+
+def files_of(folder):
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize(("tied", "dtype", "shards"), [(True, torch.bfloat16, "5GB"), (False, torch.float32, "60KB")])
+def test_text_is_that_of_the_backbone_and_saving_again_changes_nothing(folders, tmp_path, tied, dtype, shards):
+    qwen2 = make_qwen2(tmp_path / "qwen2", dtype, max_shard_size=shards, tie_word_embeddings=tied)
+    report = init(folders, tmp_path / "out", backbone=str(tmp_path / "qwen2"), max_shard_size=shards)
+    model = MMARForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert (report["files"] > 1) == (shards == "60KB")
+    assert model.dtype == dtype and report["dtype"] == str(dtype).removeprefix("torch.")
+    ids = torch.randint(0, 300, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, qwen2(ids).logits)
+    assert model.generation_config.eos_token_id == qwen2.generation_config.eos_token_id
+    vae = AutoencoderKL.from_pretrained(folders / "vae")
+    assert all(torch.equal(value, vae.state_dict()[name]) for name, value in model.vae.state_dict().items())
+    assert model.vae.config.scaling_factor == 1.5 and model.vae.config.shift_factor == 0.25
+    pipe = MMARPipeline.from_pretrained(tmp_path / "out")
+    pipe.save_pretrained(tmp_path / "again", max_shard_size=shards)
+    assert files_of(tmp_path / "again") == files_of(tmp_path / "out")
+
+
+def test_new_weights_are_drawn_as_the_model_draws_them(folders, tmp_path):
+    init(folders, tmp_path / "out", dtype="float32")
+    model = MMARForConditionalGeneration.from_pretrained(tmp_path / "out")
+    drawn = MMARForConditionalGeneration(model.config)
+    for (name, got), expected in zip(model.named_parameters(), drawn.parameters(), strict=True):
+        if name.startswith(("model.latent_encoder", "diffusion_mlp")) or ".image_" in name:
+            got, expected = got.detach(), expected.detach()
+            spread = float(expected.std(correction=0))
+            error = 6 / got.numel() ** 0.5  # of means and stds of two samples, six sigma
+            assert abs(float(got.mean() - expected.mean())) <= error * spread, name
+            assert abs(float(got.std(correction=0)) - spread) <= error * spread, name
+    # Another seed gives others; the same one gives the same, whatever the shards.
+    init(folders, tmp_path / "same", dtype="float32", max_shard_size="60KB")
+    init(folders, tmp_path / "other", dtype="float32", seed=1)
+    same, other = (MMARForConditionalGeneration.from_pretrained(tmp_path / name) for name in ("same", "other"))
+    name = "model.latent_encoder.mask_token"
+    assert torch.equal(same.get_parameter(name), model.get_parameter(name))
+    assert not torch.equal(other.get_parameter(name), model.get_parameter(name))
+
+
+def test_image_token_lies_inside_the_embedding(folders, tmp_path):
+    report = init(folders, tmp_path / "out")
+    before = AutoTokenizer.from_pretrained(folders / "qwen2")
+    processor = MMARProcessor.from_pretrained(tmp_path / "out")
+    assert report["image_token_id"] == processor.image_token_id == len(before)
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
+        assert file.get_slice("model.language_model.embed_tokens.weight").get_shape()[0] == 320
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["null_prompt_ids"] and config["frozen_weights"] == "included"
+
+
+def test_it_draws_and_describes(folders, tmp_path):
+    init(folders, tmp_path / "out")
+    pipe = MMARPipeline.from_pretrained(tmp_path / "out")
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe("a red square", num_ar_steps=2, num_inference_steps=2).images[0]
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "Which colour?"}]
+    inputs = pipe.processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        tokenize=True,
+        return_dict=True,
+        add_generation_prompt=True,
+        return_tensors="pt",
+    )
+    answer = pipe.model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert answer.shape[1] == inputs["input_ids"].shape[1] + 3
+
+
+# ------------------------------------------------------------------------------------------------- by reference
+
+
+@pytest.fixture(scope="module")
+def referenced(folders, tmp_path_factory):
+    out = tmp_path_factory.mktemp("referenced") / "mmar"
+    init(folders, out, frozen="reference")
+    return out
+
+
+def test_reference_holds_only_what_is_trained(referenced, folders, tmp_path):
+    names = set(load_file(referenced / "model.safetensors"))
+    assert names and not any(
+        name.startswith(("vae.", "lm_head.", "model.language_model."))
+        for name in names
+        if not name.endswith(("image_A", "image_B"))
+    )
+    parts = json.loads((referenced / "config.json").read_text())["frozen_parts"]
+    assert parts["backbone"]["repo_id"] == str(folders / "qwen2")
+    assert list(parts["backbone"]["sha256"]) == ["model.safetensors"]
+    init(folders, tmp_path / "whole")
+    joined = MMARForConditionalGeneration.from_pretrained(referenced)
+    whole = MMARForConditionalGeneration.from_pretrained(tmp_path / "whole")
+    assert joined.state_dict().keys() == whole.state_dict().keys()
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in joined.state_dict().items())
+    assert joined.name_or_path == str(referenced)
+    assert not joined.lm_head.weight.requires_grad
+    assert joined.get_parameter("model.latent_encoder.mask_token").requires_grad
+
+
+def test_reference_saves_again_as_it_was_and_whole_when_asked(referenced, folders, tmp_path):
+    pipe = MMARPipeline.from_pretrained(referenced)
+    pipe.save_pretrained(tmp_path / "again")
+    assert files_of(tmp_path / "again") == files_of(referenced)
+    pipe.save_pretrained(tmp_path / "whole", frozen="include")
+    init(folders, tmp_path / "expected")
+    assert files_of(tmp_path / "whole") == files_of(tmp_path / "expected")
+    # And back, from a model that holds all.
+    whole = MMARPipeline.from_pretrained(tmp_path / "whole")
+    whole.save_pretrained(tmp_path / "back", frozen="reference")
+    assert files_of(tmp_path / "back") == files_of(referenced)
+
+
+def test_nothing_trained_is_left_out(referenced, tmp_path):
+    model = MMARForConditionalGeneration.from_pretrained(referenced)
+    with torch.no_grad():
+        model.model.language_model.layers[1].mlp.up_proj.weight[0, 0] += 1
+    with pytest.raises(ValueError, match='layers.1.mlp.up_proj.weight is another.*frozen="include"'):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    model.save_pretrained(tmp_path / "out", frozen="include")
+    again = MMARForConditionalGeneration.from_pretrained(tmp_path / "out")
+    name = "model.language_model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(again.get_parameter(name), model.get_parameter(name))
+
+
+def test_broken_references(referenced, folders, tmp_path):
+    def folder_with(part, reference):
+        folder = tmp_path / f"{part}{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(referenced, folder)
+        config = json.loads((folder / "config.json").read_text())
+        config["frozen_parts"][part] = reference
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    gone = folder_with("backbone", {"repo_id": str(tmp_path / "nowhere")})
+    with pytest.raises(ValueError, match="the backbone of this model.*nowhere.*no such folder"):
+        MMARForConditionalGeneration.from_pretrained(gone)
+    shutil.copytree(folders / "vae", tmp_path / "vae")
+    reference = json.loads((referenced / "config.json").read_text())["frozen_parts"]["vae"]
+    moved = folder_with("vae", reference | {"repo_id": str(tmp_path / "vae")})
+    assert MMARForConditionalGeneration.from_pretrained(moved) is not None
+    make_vae(tmp_path / "vae", seed=5)
+    with pytest.raises(ValueError, match="diffusion_pytorch_model.safetensors' has changed: its SHA-256"):
+        MMARForConditionalGeneration.from_pretrained(moved)
+    (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="diffusion_pytorch_model.safetensors missing.*Only safetensors"):
+        MMARForConditionalGeneration.from_pretrained(moved)
+    with pytest.raises(ValueError, match="`frozen` must be 'include' or 'reference'; got 'both'"):
+        MMARForConditionalGeneration.from_pretrained(referenced).save_pretrained(tmp_path / "out", frozen="both")
+
+
+def test_local_references_are_not_pushed(referenced):
+    pipe = MMARPipeline.from_pretrained(referenced)
+    for pushed in (pipe, pipe.model):
+        with pytest.raises(ValueError, match="the backbone in a repository that others can read"):
+            pushed.push_to_hub("me/mmar")
+
+
+# --------------------------------------------------------------------------------------------------- bad input
+
+
+def _bad_parts(case, folders, tmp_path):
+    backbone, vae = tmp_path / "qwen2", tmp_path / "vae"
+    shutil.copytree(folders / "qwen2", backbone)
+    shutil.copytree(folders / "vae", vae)
+    options = {"backbone": str(backbone), "vae": vae}
+    config = json.loads((backbone / "config.json").read_text())
+    if case == "llama":
+        (backbone / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    elif case == "no config":
+        (backbone / "config.json").unlink()
+    elif case == "no weights":
+        (backbone / "model.safetensors").unlink()
+    elif case == "missing shard":
+        make_qwen2(backbone, max_shard_size="40KB")
+        (backbone / "model.safetensors").unlink(missing_ok=True)
+        sorted(backbone.glob("model-*.safetensors"))[1].unlink()
+    elif case == "other size":
+        (backbone / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
+    elif case == "fewer layers":
+        layers = {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
+        (backbone / "config.json").write_text(json.dumps(config | layers))
+    elif case == "more layers":
+        layers = {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}
+        (backbone / "config.json").write_text(json.dumps(config | layers))
+    elif case == "no room":
+        make_qwen2(backbone, vocab_size=len(AutoTokenizer.from_pretrained(folders / "qwen2")))
+    elif case == "no tokenizer":
+        for file in backbone.glob("tokenizer*"):
+            file.unlink()
+    elif case == "no vae":
+        shutil.rmtree(vae)
+    elif case == "preset":
+        options["preset"] = "mmar-9b"
+    elif case == "repository":
+        options["backbone"] = "Qwen/Qwen2-7B-Instruct"
+    elif case == "dtype":
+        options["dtype"] = "int8"
+    return options
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("llama", "expected a Qwen2 or Qwen2.5.*got the model type 'llama'"),
+        ("no config", "config.json cannot be read"),
+        ("no weights", "model.safetensors missing"),
+        ("missing shard", "model-00002-of-.*missing"),
+        ("other size", r"gate_proj.weight of shape \(128, 64\).*the backbone has \(96, 64\)"),
+        ("fewer layers", "weights are left over, among them model.layers.1"),
+        ("more layers", "are missing, among them model.layers.2"),
+        ("no room", "expected room for the image token"),
+        ("no tokenizer", "expected Qwen2's tokenizer files"),
+        ("no vae", "expected the folder of a diffusers AutoencoderKL"),
+        ("preset", "`preset` must be one of mmar-0.5b, mmar-7b, mmar-tiny"),
+        ("repository", "'Qwen/Qwen2-7B-Instruct' cannot be had.*the network"),
+        ("dtype", "`dtype` one of auto, float32"),
+    ],
+)
+def test_bad_parts_leave_nothing(folders, tmp_path, monkeypatch, case, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    options = _bad_parts(case, folders, tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=message):
+        init(folders, tmp_path / "out", **options)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_presets_are_found():
+    assert load_preset("mmar-7b").plora_rank == 1280
+    assert load_preset("mmar-0.5b").text_config.hidden_size == 896
+
+
+@pytest.mark.skipif(not QWEN2_FILES.is_dir(), reason="needs the real tokenizer files of shared/")
+def test_real_tokenizer(folders, tmp_path):
+    """Qwen2's own vocabulary at its own ids; a narrow model, since the weights do not matter here."""
+    make_qwen2(tmp_path / "qwen2", vocab_size=151936, hidden_size=16, num_attention_heads=2, num_key_value_heads=1)
+    for file in (tmp_path / "qwen2").glob("tokenizer*"):
+        file.unlink()
+    for file in (QWEN2_FILES / "qwen2-tokenizer").iterdir():
+        shutil.copy(file, tmp_path / "qwen2" / file.name)
+    report = init(folders, tmp_path / "out", backbone=str(tmp_path / "qwen2"))
+    assert report["image_token_id"] == 151646
+    processor = MMARProcessor.from_pretrained(tmp_path / "out")
+    source = AutoTokenizer.from_pretrained(tmp_path / "qwen2")
+    text = "Draw 3 cats, 猫 и кошка: <|im_start|>user\nhello<|im_end|>"
+    assert processor.tokenizer(text)["input_ids"] == source(text)["input_ids"]
+    assert processor.tokenizer.decode(source(text)["input_ids"]) == text
+    ids = torch.tensor([source(text)["input_ids"]])
+    model, qwen2 = (
+        cls.from_pretrained(tmp_path / name)
+        for cls, name in ((MMARForConditionalGeneration, "out"), (Qwen2ForCausalLM, "qwen2"))
+    )
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, qwen2(ids).logits)
+
+
+def test_command(folders, tmp_path):
+    command = [sys.executable, "-m", "mmar.conversion.init_from_qwen2", "--backbone", str(folders / "qwen2")]
+    command += ["--vae", str(folders / "vae"), "--preset", str(folders / "preset"), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["dtype"] == "bfloat16"
+    assert MMARPipeline.from_pretrained(tmp_path / "out") is not None
