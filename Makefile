@@ -9,7 +9,7 @@ TRAIN_OPTIONS ?=
 # One thread per test worker: more only get in each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow test-gpu check style data vae train-tiny evaluate-tiny clean
+.PHONY: demo test test-slow test-quantization test-gpu check style data vae train-tiny evaluate-tiny clean
 
 demo: $(VENV)/.done
 	$(BIN)/python examples/demo.py
@@ -19,6 +19,11 @@ test: $(VENV)/.done
 
 test-slow: $(VENV)/.done
 	$(PYTEST) -m slow
+
+# torchao apart: where it is installed, every program that loads transformers prints its warnings.
+test-quantization: $(VENV)/.done
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/torchao torchao -c constraints.txt
+	PYTHONPATH=$(VENV)/torchao $(PYTEST) tests/integration/test_size.py
 
 test-gpu: $(VENV)/.done
 	$(PYTEST) -m gpu
@@ -47,11 +52,13 @@ train-tiny: runs/vae/report.json
 		--vae runs/vae --out runs/init
 	$(BIN)/python -m mmar.training.train training/recipes/mmar_tiny.yaml model=runs/init \
 		data=checkpoints/emoji-lite/train.parquet output_dir=runs/mmar-tiny $(TRAIN_OPTIONS)
-	$(BIN)/python -m mmar.conversion.export runs/mmar-tiny/final checkpoints/mmar-tiny
+	$(BIN)/python -m mmar.conversion.export runs/mmar-tiny/final checkpoints/mmar-tiny --guidance_scale 2.0
 
 evaluate-tiny: $(VENV)/.done
 	$(BIN)/python -m mmar.evaluation.emoji_styles checkpoints/mmar-tiny --data checkpoints/emoji-lite/test.parquet \
 		--out runs/evaluation --judge $(JUDGE)
+	$(BIN)/python -m mmar.conversion.model_card checkpoints/mmar-tiny --facts configs/mmar-tiny/card.yaml \
+		--evaluation runs/evaluation/result.json --repo_id checkpoints/mmar-tiny
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
