@@ -26,6 +26,15 @@ from ..training.emoji_lite import QUESTIONS
 
 
 BATCH_SIZE = 32
+# What a card tells of the judge's figures.
+JUDGE_FIGURES = {
+    "name_top1": "drawings that the judge names as asked",
+    "name_top5": "drawings whose name is among the judge's first five",
+    "style": "drawings in the asked style, by the judge",
+    "frechet": "Frechet distance of the judge's features",
+    "frechet_real": "the same distance of as many real training pictures",
+    "copies": "drawings that copy a training picture",
+}
 
 
 @torch.no_grad()
@@ -109,12 +118,37 @@ def judge(script: Path, pictures: Path, rows: list[dict[str, Any]]) -> dict[str,
     return scores
 
 
+def card_metrics(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The figures of a result as `make_model_card` reads them."""
+    groups = {"all": "", "sibling": ", same drawing seen in another style", "no_sibling": ", drawing never seen"}
+    metrics = []
+    for name in QUESTIONS:
+        for group, words in groups.items():
+            if group in result["captions"][name]:
+                answer = "name and style" if name == "caption" else name
+                metrics.append(
+                    {
+                        "task": "image-to-text",
+                        "type": "exact_match",
+                        "name": f"{answer} answered exactly{words}",
+                        "value": result["captions"][name][group],
+                    }
+                )
+    for group, scores in result.get("judge", {}).items():
+        for key, words in JUDGE_FIGURES.items():
+            if key in scores:
+                name = f"{words}{groups[group]}"
+                metrics.append({"task": "text-to-image", "type": key, "name": name, "value": scores[key]})
+    return metrics
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder or Hub id of an MMAR")
     parser.add_argument("--data", required=True, type=Path, help="parquet of held-out rows")
     parser.add_argument("--out", required=True, type=Path, help="folder for pictures and result.json")
     parser.add_argument("--judge", type=Path, help="script that scores a folder of pictures")
+    parser.add_argument("--num_rows", type=int, help="so many rows, spread over the file; all by default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--guidance_scale", type=float)
     parser.add_argument("--num_ar_steps", type=int)
@@ -122,6 +156,10 @@ def main() -> None:
     args = parser.parse_args()
 
     rows = read_rows(args.data)
+    if args.num_rows is not None:
+        if not 1 <= args.num_rows <= len(rows):
+            parser.error(f"--num_rows must be between 1 and {len(rows)}, the rows of {args.data.name}")
+        rows = [rows[i * len(rows) // args.num_rows] for i in range(args.num_rows)]
     if missing := {"label", "style", "sibling_in_train"} - rows[0].keys():
         parser.error(f"{args.data.name} must have the columns {', '.join(sorted(missing))} too")
     if args.judge is not None and not args.judge.is_file():
@@ -130,13 +168,21 @@ def main() -> None:
     if torch.accelerator.is_available():
         pipe.to(torch.accelerator.current_accelerator())
     options = {name: getattr(args, name) for name in ("guidance_scale", "num_ar_steps", "num_inference_steps")}
+    given = {"num_rows": args.num_rows, **options}
     result: dict[str, Any] = {"rows": len(rows), "options": options, "captions": score_captions(pipe, rows)}
     pictures = args.out / "pictures"
     result["seconds_per_picture"] = round(draw(pipe, rows, pictures, args.seed, **options), 3)
+    result["command"] = f"python -m mmar.evaluation.emoji_styles {args.model} --data {args.data} --seed {args.seed}"
+    result["command"] += "".join(f" --{name} {value}" for name, value in given.items() if value is not None)
+    dataset = args.data.resolve().parent.name
+    result["dataset"] = {"type": dataset, "name": dataset, "split": args.data.stem}
+    result["metrics"] = card_metrics(result)
     # Kept, should the judge fail.
     (args.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     if args.judge is not None:
+        result["command"] += " --judge emoji_judge.py"
         result["judge"] = judge(args.judge, pictures, rows)
+        result["metrics"] = card_metrics(result)
         (args.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 

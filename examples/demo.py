@@ -68,18 +68,22 @@ def main() -> None:
     tested = pick(unseen, 12)
     pictures = pipe.processor.image_processor.fetch_images([row["image"] for row in tested])
     answers = ask(pipe, pictures, "Describe the image.")
-    right = 0
+    right = {"name": 0, "style": 0, "both": 0}
     for row, answer in zip(tested, answers, strict=True):
         expected = row["answers"][0]
-        right += answer == expected
-        print(
-            f"  {'right' if answer == expected else 'WRONG'}  {answer}"
-            + ("" if answer == expected else f"   (it is {expected})")
-        )
+        found = {"name": f" of {row['label']} in " in answer, "style": answer.endswith(f" in {row['style']} style")}
+        found["both"] = answer == expected
+        right = {key: right[key] + found[key] for key in right}
+        words = [key for key in ("name", "style") if found[key]]
+        mark = "right" if found["both"] else f"{words[0]} right" if words else "wrong"
+        print(f"  {mark:<12}{answer}" + ("" if found["both"] else f"   (it is {expected})"))
     described_file = args.out / "described.png"
     sheet(pictures, answers, columns=4).save(described_file)
 
-    print(f"\n{right} of {len(tested)} descriptions were right, to the letter.")
+    print(
+        f"\nOf {len(tested)} descriptions {right['name']} had the right name, {right['style']} the right style, "
+        f"{right['both']} both."
+    )
     named = ask(pipe, images, "What is it?")
     same = sum(name == row["label"] for name, row in zip(named, chosen, strict=True))
     print(f"Asked to name its own drawings, the model named {same} of {len(chosen)} as what it was asked to draw.")

@@ -18,9 +18,6 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.mark.skipif(
-    not (ROOT / "checkpoints" / "mmar-tiny").is_dir(), reason="no checkpoint is bundled yet; see docs/runs.md"
-)
 @pytest.mark.parametrize("index", range(len(BLOCKS)))
 def test_python_block_runs(index, folder, monkeypatch):
     monkeypatch.chdir(folder)  # a later block may read what an earlier one wrote

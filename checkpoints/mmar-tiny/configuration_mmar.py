@@ -1,0 +1,302 @@
+"""MMAR configuration. Defaults are MMAR-0.5B (arXiv 2410.10798, suppl. Table 5)."""
+
+from copy import deepcopy
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
+
+
+# LDM's KL-16 in diffusers' terms: a 256 x 256 picture becomes 16 x 16 tokens of 16 channels (suppl. Sec. 6.1).
+KL16_CONFIG = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"] * 4 + ["AttnDownEncoderBlock2D"],
+    "up_block_types": ["AttnUpDecoderBlock2D"] + ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 128, 256, 256, 512],
+    "layers_per_block": 2,
+    "latent_channels": 16,
+    "norm_num_groups": 32,
+    "sample_size": 256,
+    # Not measured yet: `scaling_factor` = 1 / std of the latents of the data at hand.
+    "scaling_factor": 1.0,
+}
+
+# Qwen2-0.5B-Instruct (suppl. Sec. 6.1), the fields that differ from Qwen2Config's defaults.
+QWEN2_0_5B_CONFIG = {
+    "vocab_size": 151936,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+    "tie_word_embeddings": True,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "pad_token_id": 151643,
+}
+
+# The paper's protocol: one token per step, 100 DDPM steps each (Sec. 4.6), guidance 10 (suppl. Sec. 6.5).
+PAPER_IMAGE_GENERATION = {"num_ar_steps": 256, "num_inference_steps": 100, "guidance_scale": 10.0}
+
+FROZEN_PARTS = ("backbone", "vae")
+FROZEN_WEIGHTS = ("included", "referenced")
+PREDICTION_TYPES = ("v_prediction", "epsilon")
+# Labels of tokens that carry no text loss; the index that torch's cross entropy ignores.
+IGNORE_INDEX = -100
+
+# Where transformers finds MMAR's code in a folder or repository.
+AUTO_MAP = {
+    "AutoConfig": "configuration_mmar.MMARConfig",
+    "AutoModel": "modeling_mmar.MMARForConditionalGeneration",
+    "AutoModelForImageTextToText": "modeling_mmar.MMARForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_mmar.MMARForConditionalGeneration",
+}
+CUSTOM_PIPELINES = {
+    "text-to-image": {
+        "impl": "text_to_image_mmar.MMARTextToImagePipeline",
+        "pt": ["AutoModel"],
+        "type": "multimodal",
+    }
+}
+
+
+@strict
+class MMARViTConfig(PreTrainedConfig):
+    r"""
+    EmbeddingViT: a ViT encoder over the known image tokens (Sec. 3.3.2; suppl. Table 5).
+
+    Args:
+        hidden_size (`int`, *optional*, defaults to 1024): Width d_ViT.
+        num_hidden_layers (`int`, *optional*, defaults to 16): Number of layers N_ViT.
+        num_attention_heads (`int`, *optional*, defaults to 16): Attention heads; ours, as ViT-L.
+        mlp_ratio (`float`, *optional*, defaults to 4.0): Width of the MLP in units of `hidden_size`; ours, as ViT.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-06): Epsilon of the layer norms.
+        initializer_range (`float`, *optional*, defaults to 0.02): Std of the positions and the mask token; linears
+            start with Xavier's weights, as MAR's.
+    """
+
+    model_type = "mmar_vit"
+    base_config_key = "vit_config"
+
+    hidden_size: int = 1024
+    num_hidden_layers: int = 16
+    num_attention_heads: int = 16
+    mlp_ratio: float = 4.0
+    layer_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+
+    def validate_architecture(self):
+        super().validate_architecture()
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`hidden_size` ({self.hidden_size}) of `vit_config` must be a multiple of its "
+                f"`num_attention_heads` ({self.num_attention_heads}); change one of them."
+            )
+
+
+@strict
+class MMARDiffusionConfig(PreTrainedConfig):
+    r"""
+    Diffusion MLP and its noise schedule (Sec. 3.3.2; suppl. Table 5).
+
+    Args:
+        hidden_size (`int`, *optional*, defaults to 1024): Width d_mlp.
+        num_hidden_layers (`int`, *optional*, defaults to 8): Number of residual blocks N_diff.
+        mlp_ratio (`float`, *optional*, defaults to 4.0): Expansion r_mlp of the two-layer MLP.
+        frequency_embedding_size (`int`, *optional*, defaults to 256): Sinusoidal channels of the timestep; MAR.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-06): Epsilon of the layer norms.
+        prediction_type (`str`, *optional*, defaults to `"v_prediction"`): `"v_prediction"` (Eq. 7) or `"epsilon"`.
+        num_train_timesteps (`int`, *optional*, defaults to 1000): T; MAR.
+        beta_schedule (`str`, *optional*, defaults to `"squaredcos_cap_v2"`): The cosine schedule; MAR.
+        diffusion_batch_mul (`int`, *optional*, defaults to 4): Timesteps drawn per `z` in training; MAR.
+    """
+
+    model_type = "mmar_diffusion"
+    base_config_key = "diffusion_config"
+
+    hidden_size: int = 1024
+    num_hidden_layers: int = 8
+    mlp_ratio: float = 4.0
+    frequency_embedding_size: int = 256
+    layer_norm_eps: float = 1e-6
+    prediction_type: str = "v_prediction"
+    num_train_timesteps: int = 1000
+    beta_schedule: str = "squaredcos_cap_v2"
+    diffusion_batch_mul: int = 4
+
+    def validate_architecture(self):
+        super().validate_architecture()
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise ValueError(
+                f"`prediction_type` must be one of {', '.join(PREDICTION_TYPES)}; got {self.prediction_type!r}."
+            )
+        if self.beta_schedule != "squaredcos_cap_v2":
+            raise ValueError(f"`beta_schedule` must be 'squaredcos_cap_v2'; got {self.beta_schedule!r}.")
+        for name in ("num_train_timesteps", "diffusion_batch_mul"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1; got {getattr(self, name)}.")
+
+
+@strict
+class MMARConfig(PreTrainedConfig):
+    r"""
+    Configuration of an MMAR model.
+
+    Args:
+        text_config (`dict` or `Qwen2Config`, *optional*): The language model; defaults to Qwen2-0.5B-Instruct.
+        vit_config (`dict` or `MMARViTConfig`, *optional*): EmbeddingViT.
+        diffusion_config (`dict` or `MMARDiffusionConfig`, *optional*): Diffusion MLP.
+        vae_config (`dict`, *optional*): Arguments of diffusers' `AutoencoderKL`; defaults to KL-16. The latent scale
+            lives here and nowhere else: `scaling_factor` and `shift_factor`, or per channel `latents_mean` and
+            `latents_std`.
+        image_size (`int`, *optional*, defaults to 256): Height and width of the pictures in pixels.
+        plora_rank (`int`, *optional*, defaults to 512): Rank r of PLoRA (suppl. Table 5).
+        plora_alpha (`float`, *optional*, defaults to 128.0): PLoRA's output is scaled by alpha / r (suppl. Table 5).
+        image_token_id (`int`, *optional*, defaults to 151646): Placeholder of one image token; the first row of
+            Qwen2's embedding that its tokenizer leaves unused. Its embedding is never read.
+        image_generation (`dict`, *optional*): Defaults of image generation, `num_ar_steps`, `num_inference_steps` and
+            `guidance_scale`; the paper's protocol when not given (Sec. 4.6).
+        null_prompt_ids (`list[int]`, *optional*): Tokens of the null prompt, for guidance where no processor is at
+            hand, as in `generate(generation_mode="image")`. `MMARPipeline` fills them in.
+        frozen_parts (`dict`, *optional*): Where the frozen parts come from: `"backbone"` and `"vae"`, each with
+            `repo_id` and, for a repository, the commit as `revision`, for a local folder `sha256` of its files.
+        frozen_weights (`str`, *optional*, defaults to `"included"`): Whether the weights of these parts are
+            `"included"` in the folder, or only `"referenced"` there.
+        tie_word_embeddings (`bool`, *optional*): Copied from `text_config`; no need to set it.
+
+    Example:
+
+    ```python
+    >>> from mmar import MMARConfig
+
+    >>> config = MMARConfig()
+    >>> config.num_latents, config.latent_channels
+    (256, 16)
+    ```
+    """
+
+    model_type = "mmar"
+    sub_configs_defaults = {
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2", init_kwargs=QWEN2_0_5B_CONFIG),
+        "vit_config": MMARViTConfig,
+        "diffusion_config": MMARDiffusionConfig,
+    }
+
+    text_config: dict | PreTrainedConfig | None = None
+    vit_config: dict | PreTrainedConfig | None = None
+    diffusion_config: dict | PreTrainedConfig | None = None
+    vae_config: dict[str, Any] | None = None
+    image_size: int = 256
+    plora_rank: int = 512
+    plora_alpha: float = 128.0
+    image_token_id: int = 151646
+    image_generation: dict[str, Any] | None = None
+    null_prompt_ids: list[int] | None = None
+    frozen_parts: dict[str, Any] | None = None
+    frozen_weights: str = "included"
+    tie_word_embeddings: bool | None = None
+
+    def __post_init__(self, **kwargs):
+        self.vae_config = dict(KL16_CONFIG if self.vae_config is None else self.vae_config)
+        self.image_generation = PAPER_IMAGE_GENERATION | (self.image_generation or {})
+        if not __name__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}."):
+            # Installed, the registered pipeline serves; this entry would have transformers ask for trust.
+            kwargs.pop("custom_pipelines", None)
+        super().__post_init__(**kwargs)
+        # The backbone decides: transformers ties weights by the outer config.
+        self.tie_word_embeddings = self.text_config.tie_word_embeddings
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as a dictionary, with the entries by which transformers finds MMAR's code."""
+        output = super().to_dict()
+        for name in self.sub_configs:
+            # Set by loading, and the same as our own: saving again must give the same file.
+            if isinstance(output.get(name), dict):
+                output[name].pop("dtype", None)
+        return {**output, "auto_map": dict(AUTO_MAP), "custom_pipelines": deepcopy(CUSTOM_PIPELINES)}
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent along each axis."""
+        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+
+    @property
+    def latent_size(self) -> int:
+        """Height and width h = w of the latents."""
+        return self.image_size // self.vae_scale_factor
+
+    @property
+    def num_latents(self) -> int:
+        """N: image tokens per picture."""
+        return self.latent_size**2
+
+    @property
+    def latent_channels(self) -> int:
+        """C: channels of one image token."""
+        return self.vae_config["latent_channels"]
+
+    def validate_architecture(self):
+        super().validate_architecture()
+        if self.text_config.model_type != "qwen2":
+            raise ValueError(
+                f"`text_config` must be a 'qwen2' config; got {self.text_config.model_type!r}. "
+                "MMAR's PLoRA layers are built on Qwen2."
+            )
+        if self.text_config.use_sliding_window:
+            raise ValueError(
+                "`text_config.use_sliding_window` must be False: an image is one bidirectional block and does not fit "
+                "a sliding window; got True."
+            )
+        if missing := [key for key in ("block_out_channels", "latent_channels") if key not in self.vae_config]:
+            raise ValueError(
+                f"`vae_config` must be the whole config of an AutoencoderKL; {', '.join(missing)} missing. Take "
+                "`dict(vae.config)` of the trained VAE."
+            )
+        if self.image_size < 1 or self.image_size % self.vae_scale_factor:
+            raise ValueError(
+                f"`image_size` ({self.image_size}) must be a multiple of {self.vae_scale_factor}, the downsampling of "
+                "`vae_config`; change one of them."
+            )
+        if unknown := self.image_generation.keys() - PAPER_IMAGE_GENERATION.keys():
+            raise ValueError(
+                f"`image_generation` may hold {', '.join(PAPER_IMAGE_GENERATION)}; got {', '.join(sorted(unknown))}."
+            )
+        for name in ("num_ar_steps", "num_inference_steps"):
+            value = self.image_generation[name]
+            if type(value) is not int or value < 1:
+                raise ValueError(f"`image_generation[{name!r}]` must be an integer of at least 1; got {value!r}.")
+        scale = self.image_generation["guidance_scale"]
+        if not isinstance(scale, (int, float)) or not 0 <= scale < float("inf"):
+            raise ValueError(
+                f"`image_generation['guidance_scale']` must be a finite number of at least 0; got {scale!r}."
+            )
+        for part, reference in (self.frozen_parts or {}).items():
+            _check_reference(part, reference)
+        if self.frozen_weights not in FROZEN_WEIGHTS:
+            raise ValueError(
+                f"`frozen_weights` must be one of {', '.join(FROZEN_WEIGHTS)}; got {self.frozen_weights!r}."
+            )
+        if self.frozen_weights == "referenced" and not self.frozen_parts:
+            raise ValueError("`frozen_weights` is 'referenced', but `frozen_parts` names no part; name the parts.")
+        if self.plora_rank < 1:
+            raise ValueError(f"`plora_rank` must be at least 1; got {self.plora_rank}.")
+        if not 0 <= self.image_token_id < self.text_config.vocab_size:
+            raise ValueError(
+                f"`image_token_id` ({self.image_token_id}) must lie inside `text_config.vocab_size` "
+                f"({self.text_config.vocab_size}), so that no embedding row has to be added."
+            )
+
+
+def _check_reference(part: str, reference: Any) -> None:
+    if part not in FROZEN_PARTS:
+        raise ValueError(f"`frozen_parts` may hold {', '.join(FROZEN_PARTS)}; got {part!r}.")
+    known = {"repo_id", "revision", "sha256"}
+    if not isinstance(reference, dict) or not isinstance(reference.get("repo_id"), str) or reference.keys() - known:
+        raise ValueError(
+            f"`frozen_parts[{part!r}]` must be a dict with `repo_id`, and `revision` or `sha256` where they are "
+            f"known; got {reference!r}."
+        )

@@ -1,0 +1,275 @@
+"""
+Frozen parts by reference: a folder that holds what was trained, and names where Qwen2 and the VAE are.
+
+`config.frozen_parts` says where they come from, for example
+
+    {"backbone": {"repo_id": "Qwen/Qwen2-7B-Instruct", "revision": "f2826a00..."}, "vae": {"repo_id": "runs/kl16"}}
+
+A reference is a repository at one commit, or a local folder with the SHA-256 of each weights file.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+
+# Where each part's weights are in MMAR, and under which beginnings in their own files.
+PREFIXES = {
+    "backbone": {"model.language_model.": "model.", "lm_head.": "lm_head."},
+    "vae": {"vae.": ""},
+}
+# Trained, though inside the backbone.
+TRAINED_SUFFIXES = (".image_A", ".image_B")
+# As transformers takes it: patterns of names in the parts' files -> names in MMAR.
+KEY_MAPPING = {
+    r"^model\.(embed_tokens|layers|norm)\.": r"model.language_model.\1.",
+    r"^(encoder|decoder|quant_conv|post_quant_conv)\.": r"vae.\1.",
+}
+WEIGHTS_NAMES = {
+    "backbone": (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME),
+    "vae": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"),
+}
+# Arguments of `from_pretrained` that say where and how to download.
+DOWNLOAD_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
+
+
+def part_of(name: str, parts: Any) -> str | None:
+    r"""
+    Args:
+        name (`str`): Name of one of MMAR's weights.
+        parts: The frozen parts that count.
+
+    Returns:
+        `str` or None: The frozen part that the weight belongs to.
+    """
+    if name.endswith(TRAINED_SUFFIXES):
+        return None
+    return next((part for part in parts if name.startswith(tuple(PREFIXES[part]))), None)
+
+
+def make_reference(part: str, repo_id: str, folder: str | Path, revision: str | None = None) -> dict[str, Any]:
+    r"""
+    Makes the reference to a part that was just read.
+
+    Args:
+        part (`str`): `"backbone"` or `"vae"`.
+        repo_id (`str`): Repository or local folder.
+        folder (`str` or `Path`): Where its files lie; for a repository, a snapshot of the cache.
+        revision (`str`, *optional*): Branch, tag or commit; for a repository the snapshot's commit is taken.
+
+    Returns:
+        `dict`: `repo_id` with the commit as `revision`, or with `sha256` of each weights file of a local folder.
+    """
+    if not Path(repo_id).is_dir():
+        # The cache keeps each commit in a folder of its name.
+        is_snapshot = Path(folder).parent.name == "snapshots"
+        return {"repo_id": repo_id, "revision": Path(folder).name if is_snapshot else revision}
+    return {
+        "repo_id": str(Path(repo_id).absolute()),
+        "sha256": {file.name: sha256_of(file) for file in weights_files(part, Path(folder))},
+    }
+
+
+def weights_files(part: str, folder: Path) -> list[Path]:
+    r"""
+    The weights files of a part.
+
+    Args:
+        part (`str`): `"backbone"` or `"vae"`.
+        folder (`Path`): A local folder of the part.
+
+    Returns:
+        `list[Path]`
+
+    Raises:
+        ValueError: If there are none, or one is missing.
+    """
+    single, index = WEIGHTS_NAMES[part]
+    names = [single]
+    if not (folder / single).is_file() and (folder / index).is_file():
+        try:
+            names = sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"expected the names of the weights files in {str(folder / index)!r}; it cannot be read ({error!r}). "
+                "Copy or download it again."
+            ) from error
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise ValueError(
+            f"expected the {part}'s weights files {', '.join(names)} in {str(folder)!r}; {', '.join(missing)} missing."
+            " Only safetensors are read. Copy or download the folder whole."
+        )
+    return [folder / name for name in names]
+
+
+def fetch_part(part: str, reference: dict[str, Any], **download: Any) -> list[Path]:
+    r"""
+    Finds or downloads the weights of a part.
+
+    Args:
+        part (`str`): `"backbone"` or `"vae"`.
+        reference (`dict`): As in `config.frozen_parts`.
+        **download: `cache_dir`, `force_download`, `local_files_only`, `token`.
+
+    Returns:
+        `list[Path]`: Its weights files.
+
+    Raises:
+        ValueError: If the repository, the revision or a file is gone or out of reach, or a file has another hash.
+    """
+    repo_id, revision = reference["repo_id"], reference.get("revision")
+    what = f"the {part} of this model, which it names by reference, from {repo_id!r}"
+    if revision is not None:
+        what += f" at revision {revision}"
+    if Path(repo_id).is_dir():
+        files = weights_files(part, Path(repo_id))
+        for file in files:
+            expected = (reference.get("sha256") or {}).get(file.name)
+            if expected is not None and (got := sha256_of(file)) != expected:
+                raise ValueError(
+                    f"expected {what}; {str(file)!r} has changed: its SHA-256 is {got}, not {expected}. Restore the "
+                    "file, or save the model again with the part that it was trained with."
+                )
+        return files
+    patterns = [name.replace(".safetensors", "*.safetensors") for name in WEIGHTS_NAMES[part][:1]]
+    try:
+        folder = snapshot_download(
+            repo_id, revision=revision, allow_patterns=[*patterns, WEIGHTS_NAMES[part][1]], **download
+        )
+    except (RevisionNotFoundError, RepositoryNotFoundError, GatedRepoError) as error:
+        reasons = {RevisionNotFoundError: "that revision is gone", GatedRepoError: "access to it must be asked for"}
+        reason = reasons.get(type(error), "there is no such repository or it is private")
+        raise ValueError(
+            f"expected {what}; {reason}. Pass a `token` that may read it, or set `config.frozen_parts[{part!r}]` to a "
+            "copy."
+        ) from error
+    except HFValidationError as error:
+        raise ValueError(
+            f"expected {what}; there is no such folder here. Copy it to that place, or set "
+            f"`config.frozen_parts[{part!r}]` to where it is."
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        raise ValueError(
+            f"expected {what}; it is not in the cache and the Hub cannot be reached ({type(error).__name__}). "
+            "Connect, or download it first."
+        ) from error
+    return weights_files(part, Path(folder))
+
+
+@contextlib.contextmanager
+def joined_folder(
+    own: str | os.PathLike,
+    parts: dict[str, dict[str, Any]],
+    revision: str | None = None,
+    subfolder: str = "",
+    **download,
+) -> Iterator[Path]:
+    r"""
+    A folder from which transformers loads the trained weights and the frozen parts together, without copying them.
+
+    Args:
+        own (`str` or `os.PathLike`): Folder or repository of the trained weights.
+        parts (`dict`): References by part, as in `config.frozen_parts`.
+        revision (`str`, *optional*): Of that repository.
+        subfolder (`str`, *optional*, defaults to `""`): In it.
+        **download: `cache_dir`, `force_download`, `local_files_only`, `token`.
+
+    Yields:
+        `Path`: Its index names the weights files by their absolute paths. To be loaded with `KEY_MAPPING`.
+
+    Raises:
+        ValueError: If a part cannot be had.
+    """
+    folder = Path(own)
+    if not folder.is_dir():
+        inside = f"{subfolder}/" if subfolder else ""
+        folder = Path(
+            snapshot_download(
+                str(own), revision=revision, allow_patterns=[f"{inside}*.safetensors", f"{inside}*.json"], **download
+            )
+        )
+    folder = folder / subfolder
+    files = weights_files("backbone", folder)
+    for part, reference in parts.items():
+        files += fetch_part(part, reference, **download)
+    weight_map = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                weight_map |= dict.fromkeys(opened.keys(), str(file.absolute()))
+        except SafetensorError as error:
+            raise ValueError(
+                f"expected whole safetensors in {str(file)!r}; got a broken or truncated file ({error}). Copy or "
+                "download it again."
+            ) from error
+    with tempfile.TemporaryDirectory() as joined:
+        for name in ("config.json", "generation_config.json"):
+            if (folder / name).is_file():
+                (Path(joined) / name).write_bytes((folder / name).read_bytes())
+        index = {"metadata": {}, "weight_map": weight_map}
+        (Path(joined) / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index), encoding="utf-8")
+        yield Path(joined)
+
+
+def check_unchanged(state: dict[str, Tensor], parts: dict[str, dict[str, Any]], **download: Any) -> None:
+    r"""
+    Makes sure that nothing is lost when frozen weights are left out.
+
+    Args:
+        state (`dict[str, Tensor]`): The model's weights.
+        parts (`dict`): References by part.
+        **download: `cache_dir`, `force_download`, `local_files_only`, `token`.
+
+    Raises:
+        ValueError: If a weight differs from the one that its reference names.
+    """
+    for part, reference in parts.items():
+        for file in fetch_part(part, reference, **download):
+            with safe_open(file, framework="pt") as opened:
+                for source in opened.keys():
+                    name = _name_in_mmar(part, source)
+                    value = state.get(name)
+                    if value is None or value.device.type == "meta" or not value.is_floating_point():
+                        continue  # tied, offloaded or quantized: none of them was trained
+                    expected = opened.get_tensor(source).to(value.dtype)
+                    if expected.shape != value.shape or not torch.equal(expected, value.detach().cpu()):
+                        raise ValueError(
+                            f"expected the {part} of {reference['repo_id']!r}, to be left out of what is saved; "
+                            f'{name} is another. It was trained or replaced: save with `frozen="include"`.'
+                        )
+
+
+def _name_in_mmar(part: str, source: str) -> str:
+    for name, own in PREFIXES[part].items():
+        if source.startswith(own):
+            return name + source.removeprefix(own)
+    return source
+
+
+def sha256_of(file: str | Path) -> str:
+    """SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while chunk := opened.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

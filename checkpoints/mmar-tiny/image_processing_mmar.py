@@ -1,0 +1,477 @@
+"""Image processor of MMAR: any picture to `pixel_values` in [-1, 1], and back. Needs neither torchvision nor a GPU."""
+
+import base64
+import binascii
+import os
+from io import BytesIO
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from huggingface_hub.utils import get_session
+from PIL import Image, ImageOps
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature, get_size_dict
+
+
+AUTO_MAP = {"AutoImageProcessor": "image_processing_mmar.MMARImageProcessor"}
+DEFAULT_SIZE = {"height": 256, "width": 256}
+# Largest 16-bit value over largest 8-bit value: 65535 / 255.
+UINT16_PER_UINT8 = 257
+# Rounding in half precision; anything further outside [0, 1] is a mistake of range.
+FLOAT_RANGE_TOLERANCE = 1e-3
+OUTPUT_TYPES = ("pil", "np", "pt")
+
+
+class MMARImageProcessorKwargs(TypedDict, total=False):
+    """Arguments of `MMARImageProcessor` that may also be given per call."""
+
+    size: int | list[int] | tuple[int, ...] | dict[str, int] | None
+    resample: int | None
+    do_convert_rgb: bool | None
+    do_resize: bool | None
+    do_center_crop: bool | None
+    do_rescale: bool | None
+    do_normalize: bool | None
+
+
+URL_TIMEOUT = 10.0  # seconds without an answer
+
+
+def _shorten(text: str, head: int = 30, tail: int = 60) -> str:
+    """A string for error messages, without its middle if it is long: a path ends with the file's name."""
+    return text if len(text) <= head + tail else f"{text[:head]}...{text[-tail:]}"
+
+
+def _open_picture(source: str | bytes | os.PathLike) -> Image.Image:
+    """Opens a path, URL, data URI, base64 string or file content as an upright PIL image, its mode kept."""
+    name = f"{len(source)} bytes" if isinstance(source, bytes) else repr(_shorten(os.fspath(source)))
+    if isinstance(source, bytes):
+        file = BytesIO(source)
+    elif isinstance(source, str) and source.startswith(("http://", "https://")):
+        try:
+            response = get_session().get(source, timeout=URL_TIMEOUT, follow_redirects=True)
+            response.raise_for_status()
+        # Refused, timed out, no such page, offline mode: the client's own classes moved between its versions.
+        except Exception as error:
+            raise ValueError(f"Expected a picture at the URL {name}; the request failed: {error}.") from error
+        file = BytesIO(response.content)
+    elif os.path.isfile(source):
+        file = source
+    elif os.path.isdir(source):
+        raise ValueError(f"Expected a picture; {name} is a folder. Pass the files in it one by one.")
+    else:
+        encoded = os.fspath(source)
+        is_data_uri = encoded.startswith("data:")
+        try:
+            file = BytesIO(base64.b64decode(encoded.split(",", 1)[-1] if is_data_uri else encoded, validate=True))
+        except (binascii.Error, ValueError) as error:
+            raise ValueError(
+                f"Expected the path of a picture file, an http(s) URL, a data URI or a base64 string; got {name}, "
+                "which is none of these. Check that the file exists."
+            ) from error
+        if not is_data_uri:
+            name = f"{name} (read as base64, because no such file exists)"
+    try:
+        with Image.open(file) as image:
+            # Decodes everything, so that a truncated file raises here instead of giving a grey half.
+            return _upright(image)
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"Expected a picture of at most {2 * Image.MAX_IMAGE_PIXELS} pixels, PIL's limit against decompression "
+            f"bombs; {name} has more: {error} Shrink it first."
+        ) from error
+    # Decoders raise whatever they meet (OSError, SyntaxError, struct.error, zlib.error).
+    except Exception as error:
+        raise ValueError(
+            f"Expected a picture file that PIL can read; {name} is empty, broken, truncated or of an unknown format: "
+            f"{error}. Replace the file."
+        ) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Decodes a PIL image and applies its EXIF rotation."""
+    image.load()
+    return ImageOps.exif_transpose(image)
+
+
+def _over_white(image: Image.Image) -> np.ndarray:
+    """Composites a PIL image with transparency over white."""
+    if image.mode == "La":
+        image = image.convert("LA")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return np.asarray(Image.alpha_composite(white, image).convert("RGB"))
+
+
+def _pil_to_rgb_array(image: Image.Image) -> np.ndarray:
+    """Any PIL mode to `(H, W, 3)`, uint8, or float32 in [0, 1] for mode F."""
+    if image.mode == "F":
+        return _array_to_rgb_array(np.asarray(image), channels_first=False)
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > np.iinfo(np.uint16).max:
+            raise ValueError(
+                f"A picture of PIL mode {image.mode!r} must hold 16-bit values in [0, 65535]; got values in "
+                f"[{values.min()}, {values.max()}]. Scale it first."
+            )
+        return _array_to_rgb_array(values.astype(np.uint16), channels_first=False)
+    if image.has_transparency_data:
+        return _over_white(image)
+    return np.asarray(image.convert("RGB"))
+
+
+def _array_to_rgb_array(array: np.ndarray, channels_first: bool) -> np.ndarray:
+    """Array of shape `(H, W)`, `(H, W, C)` or `(C, H, W)` to `(H, W, 3)`, uint8, or float32 in [0, 1]."""
+    if array.ndim == 2:
+        array = array[..., None]
+    elif channels_first:
+        array = np.moveaxis(array, 0, -1)
+
+    if array.dtype == np.bool_:
+        array = array.astype(np.uint8) * 255
+    elif array.dtype == np.uint16:
+        array = np.rint(array / UINT16_PER_UINT8).astype(np.uint8)
+    elif np.issubdtype(array.dtype, np.integer):
+        if array.min() < 0 or array.max() > 255:
+            raise ValueError(
+                f"An integer picture must hold values in [0, 255] (uint16: [0, 65535]); got {array.dtype} with values "
+                f"in [{array.min()}, {array.max()}]. Convert it to uint8 or uint16."
+            )
+        array = array.astype(np.uint8)
+    elif np.issubdtype(array.dtype, np.floating):
+        array = array.astype(np.float32)
+        if not np.isfinite(array).all():
+            raise ValueError("A float picture must hold finite values; got NaN or infinity. Check what made it.")
+        low, high = array.min(), array.max()
+        if low < -FLOAT_RANGE_TOLERANCE or high > 1 + FLOAT_RANGE_TOLERANCE:
+            hint = "(x + 1) / 2" if low >= -1 and high <= 1 else "x / 255"
+            raise ValueError(
+                f"A float picture must hold values in [0, 1]; got [{low:g}, {high:g}]. Convert it, perhaps by {hint}."
+            )
+        array = array.clip(0, 1)
+    else:
+        raise ValueError(f"A picture must be an array of integers or floats; got dtype {array.dtype}.")
+
+    if array.shape[-1] == 1:
+        return array.repeat(3, axis=-1)
+    if array.shape[-1] == 4:
+        if array.dtype == np.uint8:
+            return _over_white(Image.fromarray(np.ascontiguousarray(array), "RGBA"))
+        alpha = array[..., 3:]
+        return array[..., :3] * alpha + (1 - alpha)
+    return array
+
+
+class MMARImageProcessor(BaseImageProcessor):
+    r"""
+    Turns pictures into `pixel_values` of shape `(B, 3, H, W)`, float32 in [-1, 1], and back.
+
+    Accepted, one or in (nested) lists: PIL images of every mode; numpy arrays and torch tensors `(H, W)`, `(H, W, C)`,
+    `(C, H, W)` or a batch of them with C in 1, 3, 4; paths; http(s) URLs; data URIs; base64 strings; file contents as
+    `bytes`. Integers are in [0, 255] (uint16: [0, 65535], divided by 257), floats in [0, 1]. Where both the first and
+    the last axis could be channels, numpy is read as `(H, W, C)` and torch as `(C, H, W)`, unless `input_data_format`
+    is given. Transparency is composited over white; EXIF rotation is applied.
+
+    Geometry, any aspect ratio: with `do_resize` and `do_center_crop` (the default) the picture is scaled, aspect ratio
+    kept, until it just covers `size`, and what hangs over on the longer side is cut off equally at both ends. With
+    `do_resize` alone it is stretched to `size`. With `do_center_crop` alone the middle is cut out unscaled. A picture
+    of exactly `size` passes through untouched: `x / 127.5 - 1`.
+
+    Args:
+        size (`dict[str, int]` or `int`, *optional*, defaults to `{"height": 256, "width": 256}`): Output in pixels.
+        resample (`int`, *optional*, defaults to 3): PIL's filter, antialiased; 3 is bicubic, 1 is Lanczos.
+        do_convert_rgb (`bool`, *optional*, defaults to `True`): Convert to RGB; if `False`, only RGB is accepted.
+        do_resize (`bool`, *optional*, defaults to `True`): Scale to `size`.
+        do_center_crop (`bool`, *optional*, defaults to `True`): Keep the aspect ratio and cut to `size`.
+        do_rescale (`bool`, *optional*, defaults to `True`): Map [0, 255] to [0, 1]. Floats are in [0, 1] already.
+        do_normalize (`bool`, *optional*, defaults to `True`): Map [0, 1] to [-1, 1].
+
+    Raises:
+        ValueError: If `size` is not a height and a width of at least 1.
+
+    Example:
+
+    ```python
+    >>> processor = MMARImageProcessor(size=64)
+    >>> processor(Image.new("RGBA", (100, 80)), return_tensors="pt").pixel_values.shape
+    torch.Size([1, 3, 64, 64])
+    ```
+    """
+
+    model_input_names = ["pixel_values"]
+    valid_kwargs = MMARImageProcessorKwargs
+
+    def __init__(
+        self,
+        size: dict[str, int] | int | None = None,
+        resample: int = Image.Resampling.BICUBIC,
+        do_convert_rgb: bool = True,
+        do_resize: bool = True,
+        do_center_crop: bool = True,
+        do_rescale: bool = True,
+        do_normalize: bool = True,
+        **kwargs,
+    ):
+        for name in ("auto_map", "image_processor_type"):  # written by `to_dict`
+            kwargs.pop(name, None)
+        super().__init__(**kwargs)
+        if type(size) is bool:
+            raise ValueError("`size` must be a height and width in pixels; got a bool.")
+        self.size = self._checked_size(DEFAULT_SIZE if size is None else size)
+        self.resample = int(resample)
+        self.do_convert_rgb = do_convert_rgb
+        self.do_resize = do_resize
+        self.do_center_crop = do_center_crop
+        self.do_rescale = do_rescale
+        self.do_normalize = do_normalize
+
+    @staticmethod
+    def _checked_size(size: Any) -> dict[str, int]:
+        """`size` as a dict of height and width."""
+        size = dict(get_size_dict(size))
+        if set(size) != {"height", "width"} or min(size.values()) < 1:
+            raise ValueError(
+                f'`size` must be {{"height": int, "width": int}} with values of at least 1, or one int; got {size}.'
+            )
+        return size
+
+    def to_dict(self) -> dict[str, Any]:
+        """Configuration as a dictionary, with the `auto_map` that lets transformers find this class on the Hub."""
+        return {**super().to_dict(), "auto_map": dict(AUTO_MAP)}
+
+    def fetch_images(self, images: Any) -> Any:
+        r"""
+        Opens whatever is a path, URL, data URI, base64 string or file content; other pictures pass unchanged.
+
+        Args:
+            images: One picture or (nested) lists of pictures.
+
+        Returns:
+            The same nesting, sources replaced by upright `PIL.Image.Image`s in the file's own mode.
+
+        Raises:
+            ValueError: If a source is missing, empty, broken, truncated, or larger than PIL's limit.
+        """
+        if isinstance(images, (list, tuple)):
+            fetched = []
+            for index, image in enumerate(images):
+                try:
+                    fetched.append(self.fetch_images(image))
+                except ValueError as error:
+                    raise ValueError(f"Picture {index} of {len(images)}: {error}") from error
+            return fetched
+        if isinstance(images, (str, bytes, os.PathLike)):
+            return _open_picture(images)
+        return images
+
+    def flatten_images(self, images: Any) -> list[Any]:
+        r"""
+        Flattens (nested) lists and batched arrays into a list of single pictures, in order. None alone is none.
+
+        Args:
+            images: One picture or (nested) lists of pictures.
+
+        Returns:
+            `list`: Single pictures.
+        """
+        if images is None:
+            return []
+        if isinstance(images, (list, tuple)):
+            # A None among pictures stays, and is refused later: dropping it would shift those after it.
+            return [image for entry in images for image in ([None] if entry is None else self.flatten_images(entry))]
+        if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
+            return list(images)
+        return [images]
+
+    def preprocess(
+        self,
+        images: Any,
+        return_tensors: str | None = None,
+        input_data_format: str | None = None,
+        device: str | torch.device | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        r"""
+        Turns pictures into `pixel_values`; calling the processor does the same.
+
+        Args:
+            images: One picture or (nested) lists of pictures; see the class for what a picture may be.
+            return_tensors (`str`, *optional*): `"pt"` or `"np"`; numpy arrays if not given.
+            input_data_format (`str`, *optional*): `"channels_first"` or `"channels_last"`, for arrays and tensors.
+            device (`str` or `torch.device`, *optional*): Where the result goes, with `return_tensors="pt"`.
+            **kwargs: Any argument of the class, for this call only.
+
+        Returns:
+            `BatchFeature` with `pixel_values` of shape `(B, 3, H, W)`, float32 in [-1, 1], B counting all pictures of
+            all lists in order. Without resizing and cropping, and with `return_tensors=None`, pictures of several
+            sizes come as a list.
+
+        Raises:
+            ValueError: If there is no picture, or one is missing, empty, broken, truncated, too large, of a wrong
+                number of channels, or holds NaN or values outside its range.
+        """
+        options = {name: getattr(self, name) for name in MMARImageProcessorKwargs.__annotations__}
+        # `None` means "not given", as everywhere in transformers.
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        if unknown := sorted(set(given) - set(options)):
+            raise ValueError(
+                f"MMARImageProcessor knows the arguments {', '.join(options)}; got {', '.join(unknown)}. Drop them."
+            )
+        options.update(given)
+        options["size"] = self._checked_size(options["size"])
+
+        pictures = self.flatten_images(images)
+        if not pictures:
+            raise ValueError("Expected at least one picture; got none.")
+        arrays = []
+        for index, picture in enumerate(pictures):
+            try:
+                array = self._to_rgb_array(self.fetch_images(picture), input_data_format, options["do_convert_rgb"])
+                array = self._resize_and_crop(array, options)
+                arrays.append(self._to_range(array, options))
+            except ValueError as error:
+                raise ValueError(f"Picture {index} of {len(pictures)}: {error}") from error
+
+        if len({array.shape for array in arrays}) > 1:
+            if return_tensors is not None:
+                sizes = sorted({array.shape[1:] for array in arrays})
+                raise ValueError(
+                    f"Pictures of one batch must have one size; got (height, width) {sizes}. "
+                    "Leave `do_resize` on, or pass them one by one."
+                )
+            return BatchFeature({"pixel_values": arrays})
+        features = BatchFeature({"pixel_values": np.stack(arrays)}, tensor_type=return_tensors)
+        return features if device is None else features.to(device)
+
+    def _to_rgb_array(self, picture: Any, input_data_format: str | None, do_convert_rgb: bool) -> np.ndarray:
+        """One picture to `(H, W, 3)`, uint8, or float32 in [0, 1]."""
+        if isinstance(picture, Image.Image):
+            if 0 in picture.size:
+                raise ValueError(f"it must have pixels; got width x height {picture.size[0]} x {picture.size[1]}.")
+            if not do_convert_rgb and picture.mode != "RGB":
+                raise ValueError(
+                    f"with `do_convert_rgb=False` it must be RGB; got mode {picture.mode!r}. "
+                    "Set `do_convert_rgb=True` or convert it."
+                )
+            try:
+                picture = _upright(picture)
+            except Exception as error:
+                raise ValueError(f"PIL cannot decode it, its file is broken or truncated: {error}.") from error
+            return _pil_to_rgb_array(picture)
+
+        is_tensor = isinstance(picture, torch.Tensor)
+        if is_tensor:
+            picture = picture.detach().cpu()
+            picture = (picture.float() if picture.is_floating_point() else picture).numpy()
+        if not isinstance(picture, np.ndarray):
+            raise ValueError(
+                "it must be a PIL image, a numpy array, a torch tensor, a path, a URL, a data URI, a base64 string or "
+                f"bytes; got {type(picture).__name__}."
+            )
+        shape = tuple(picture.shape)
+        if picture.ndim not in (2, 3) or 0 in shape:
+            raise ValueError(f"an array must be (H, W), (H, W, C) or (C, H, W), none of them 0; got shape {shape}.")
+        if input_data_format not in (None, "channels_first", "channels_last"):
+            raise ValueError(
+                f"`input_data_format` must be 'channels_first' or 'channels_last'; got {input_data_format!r}."
+            )
+        channel_counts = (1, 3, 4) if do_convert_rgb else (3,)
+        channels_first = False
+        if picture.ndim == 3:
+            first, last = shape[0] in channel_counts, shape[-1] in channel_counts
+            channels_first = first and (is_tensor or not last)
+            if input_data_format is not None:
+                channels_first = input_data_format == "channels_first"
+        if shape[0 if channels_first else -1] not in channel_counts and (picture.ndim == 3 or not do_convert_rgb):
+            raise ValueError(
+                f"an array must have {' or '.join(map(str, channel_counts))} channels on its first or last axis"
+                f"{'' if do_convert_rgb else ' with `do_convert_rgb=False`'}; got shape {shape}."
+            )
+        if picture.ndim == 2 and not do_convert_rgb:
+            raise ValueError(f"with `do_convert_rgb=False` an array must have 3 channels; got shape {shape}.")
+        return _array_to_rgb_array(picture, channels_first)
+
+    def _resize_and_crop(self, array: np.ndarray, options: dict[str, Any]) -> np.ndarray:
+        """Brings `(H, W, 3)` to `size` as the class states."""
+        height, width = array.shape[:2]
+        new_height, new_width = options["size"]["height"], options["size"]["width"]
+        if (height, width) == (new_height, new_width) or not (options["do_resize"] or options["do_center_crop"]):
+            return array
+        if not options["do_resize"]:
+            if height < new_height or width < new_width:
+                raise ValueError(
+                    f"it must be at least `size` ({new_height} x {new_width}) to be cut without `do_resize`; got "
+                    f"{height} x {width}."
+                )
+            top, left = (height - new_height) // 2, (width - new_width) // 2
+            return array[top : top + new_height, left : left + new_width]
+        # Crop box in source pixels: the same as resizing and then cropping, without the intermediate picture, which
+        # would be huge for extreme aspect ratios.
+        box_height, box_width = float(height), float(width)
+        if options["do_center_crop"]:
+            scale = max(new_height / height, new_width / width)
+            box_height, box_width = min(height, new_height / scale), min(width, new_width / scale)
+        top, left = (height - box_height) / 2, (width - box_width) / 2
+        box = (left, top, min(width, left + box_width), min(height, top + box_height))
+
+        def resize(image: Image.Image) -> np.ndarray:
+            return np.asarray(image.resize((new_width, new_height), options["resample"], box=box))
+
+        if array.dtype == np.uint8:
+            return resize(Image.fromarray(np.ascontiguousarray(array)))
+        channels = [resize(Image.fromarray(np.ascontiguousarray(array[..., c]))) for c in range(3)]
+        return np.stack(channels, axis=-1).clip(0, 1)  # bicubic and Lanczos overshoot
+
+    def _to_range(self, array: np.ndarray, options: dict[str, Any]) -> np.ndarray:
+        """`(H, W, 3)` to `(3, H, W)`, float32, in the range that `do_rescale` and `do_normalize` ask for."""
+        is_integer = array.dtype == np.uint8
+        array = np.moveaxis(array, -1, 0).astype(np.float32)
+        if is_integer and options["do_normalize"] and not options["do_rescale"]:
+            raise ValueError("`do_normalize` expects values in [0, 1]; set `do_rescale=True` for integer pictures.")
+        if is_integer and options["do_normalize"]:
+            return array / np.float32(127.5) - 1
+        if is_integer and options["do_rescale"]:
+            return array / np.float32(255)
+        return 2 * array - 1 if options["do_normalize"] else array
+
+    def postprocess(
+        self, pixel_values: torch.Tensor | np.ndarray | list[torch.Tensor], output_type: str = "pil"
+    ) -> list[Image.Image] | np.ndarray | torch.Tensor:
+        r"""
+        Turns model output back into pictures; values outside [-1, 1] are clipped.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`): Pictures in [-1, 1].
+            output_type (`str`, *optional*, defaults to `"pil"`): `"pil"`, `"np"` or `"pt"`.
+
+        Returns:
+            `"pil"`: list of B RGB `PIL.Image.Image`s. `"np"`: `np.ndarray` of shape `(B, H, W, 3)`, float32 in
+            [0, 1]. `"pt"`: `torch.FloatTensor` of shape `(B, 3, H, W)` in [0, 1], on the input's device.
+
+        Raises:
+            ValueError: If `pixel_values` has another shape, or NaN or infinite values, which would come out black, or
+                if `output_type` is unknown.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}; got {output_type!r}.")
+        if isinstance(pixel_values, (list, tuple)) and pixel_values:
+            pixel_values = torch.stack([torch.as_tensor(picture) for picture in pixel_values])
+        pixel_values = torch.as_tensor(pixel_values)
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
+            raise ValueError(f"`pixel_values` must have shape (B, 3, H, W); got {tuple(pixel_values.shape)}.")
+        pixel_values = pixel_values.detach().float()
+        if not torch.isfinite(pixel_values).all():
+            raise ValueError(
+                "`pixel_values` must be finite; got NaN or infinite values, which would give a black picture. Check "
+                "the latents, the dtype (float16 overflows in many VAEs) and `guidance_scale`."
+            )
+        pixel_values = (pixel_values / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return pixel_values
+        arrays = pixel_values.permute(0, 2, 3, 1).cpu().numpy()  # (B, 3, H, W) -> (B, H, W, 3)
+        if output_type == "np":
+            return arrays
+        return [Image.fromarray(array) for array in np.rint(arrays * 255).astype(np.uint8)]
+
+
+__all__ = ["MMARImageProcessor"]

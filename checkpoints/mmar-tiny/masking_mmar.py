@@ -1,0 +1,162 @@
+"""Attention blocks, shared positions, mask ratios, orders and the tokens per autoregressive step."""
+
+import math
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+
+# Truncated normal of the mask ratio (MAR): mean 1, std 0.25, on [0.7, 1] in stage 1; Sec. 3.3.3 gives the bounds.
+MASK_RATIO_MEAN = 1.0
+MASK_RATIO_STD = 0.25
+
+
+def image_block_ids(image_token_mask: Tensor, num_latents: int) -> Tensor:
+    r"""
+    Numbers the pictures of each sequence: tokens of one picture attend to each other (Sec. 3.3.2).
+
+    Args:
+        image_token_mask (`torch.BoolTensor` of shape `(B, L)`): True at image tokens.
+        num_latents (`int`): N, tokens per picture.
+
+    Returns:
+        `torch.LongTensor` of shape `(B, L)`: The picture's number within its sequence on image tokens, else -1.
+    """
+    index = (image_token_mask.long().cumsum(-1) - 1).div(num_latents, rounding_mode="floor")
+    return index.masked_fill(~image_token_mask, -1)
+
+
+def shared_position_ids(image_token_mask: Tensor, num_latents: int, attention_mask: Tensor | None = None) -> Tensor:
+    r"""
+    RoPE positions: all tokens of one picture share one id, the next token takes the next id (Sec. 3.3.2).
+
+    Args:
+        image_token_mask (`torch.BoolTensor` of shape `(B, L)`): True at image tokens.
+        num_latents (`int`): N, tokens per picture.
+        attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): 0 at padding, which takes no position.
+
+    Returns:
+        `torch.LongTensor` of shape `(B, L)`; padding gets 0.
+    """
+    rank = image_token_mask.long().cumsum(-1) - 1
+    advances = ~image_token_mask | (rank % num_latents == 0)
+    if attention_mask is not None:
+        advances = advances & attention_mask.bool()
+    position_ids = (advances.long().cumsum(-1) - 1).clamp(min=0)
+    return position_ids if attention_mask is None else position_ids.masked_fill(attention_mask == 0, 0)
+
+
+def cached_position_ids(cache: Cache | None, batch: int) -> Tensor:
+    r"""
+    RoPE positions of the tokens in a cache, which MMAR's forward keeps on it; they follow `cache.crop`.
+
+    Args:
+        cache (`Cache`, *optional*): Keys and values of earlier tokens.
+        batch (`int`): B.
+
+    Returns:
+        `torch.LongTensor` of shape `(B, past)`.
+
+    Raises:
+        ValueError: If the cache holds another number of rows.
+    """
+    past_length = 0 if cache is None else int(cache.get_seq_length())
+    position_ids = getattr(cache, "mmar_position_ids", None)
+    if position_ids is None or past_length == 0:
+        position_ids = torch.empty(batch, 0, dtype=torch.long)
+    if len(position_ids) != batch:
+        raise ValueError(
+            f"the cache holds the positions of {len(position_ids)} rows; got {batch}. Read the prompt again."
+        )
+    position_ids = position_ids[:, :past_length]
+    # Tokens that passed by unnoticed (a compiled decoding step) are text: each takes the next position.
+    start = position_ids.amax(-1, keepdim=True) + 1 if position_ids.shape[1] else 0
+    missing = torch.arange(past_length - position_ids.shape[1], device=position_ids.device).expand(batch, -1)
+    return torch.cat([position_ids, missing + start], dim=1)
+
+
+def sample_mask_ratios(num_images: int, minimum: float, generator: torch.Generator | None = None) -> Tensor:
+    r"""
+    Draws mask ratios from a normal of mean 1 and std 0.25 truncated to [`minimum`, 1] (MAR; Sec. 3.3.3).
+
+    Args:
+        num_images (`int`): How many.
+        minimum (`float`): 0.7 in stage 1, 0 in stages 2 and 3.
+        generator (`torch.Generator`, *optional*): Source of randomness.
+
+    Returns:
+        `torch.FloatTensor` of shape `(num_images,)`, in [`minimum`, 1].
+    """
+    if not 0 <= minimum < 1:
+        raise ValueError(f"`minimum` must be in [0, 1), the lower bound of the mask ratio; got {minimum}.")
+    low = 0.5 * (1 + math.erf((minimum - MASK_RATIO_MEAN) / (MASK_RATIO_STD * math.sqrt(2))))
+    device = "cpu" if generator is None else generator.device
+    uniform = torch.rand(num_images, generator=generator, device=device, dtype=torch.float64)
+    # Inverse of the normal's distribution function between `minimum` and the mean, where it is 1 / 2.
+    quantile = (low + uniform * (0.5 - low)).clamp(min=1e-12)
+    ratios = MASK_RATIO_MEAN + MASK_RATIO_STD * math.sqrt(2) * torch.erfinv(2 * quantile - 1)
+    return ratios.clamp(minimum, 1.0).float()
+
+
+def sample_orders(num_images: int, num_latents: int, generators: list[torch.Generator] | None = None) -> Tensor:
+    """A fresh permutation of the latent positions per picture (Sec. 3.3.1): `(num_images, num_latents)`, int64."""
+    generators = generators if generators is not None else [None] * num_images
+    devices = ["cpu" if generator is None else generator.device for generator in generators]
+    orders = [
+        torch.randperm(num_latents, generator=generator, device=device)
+        for generator, device in zip(generators, devices, strict=True)
+    ]
+    return torch.stack(orders)
+
+
+def sample_latent_mask(
+    num_images: int, num_latents: int, minimum: float, generator: torch.Generator | None = None
+) -> Tensor:
+    r"""
+    Hides a random part of each picture for training; at least one latent is hidden.
+
+    Args:
+        num_images (`int`): How many pictures.
+        num_latents (`int`): N, tokens per picture.
+        minimum (`float`): Lower bound of the mask ratio.
+        generator (`torch.Generator`, *optional*): Source of randomness.
+
+    Returns:
+        `torch.BoolTensor` of shape `(num_images, num_latents)`: True where a latent is hidden.
+    """
+    ratios = sample_mask_ratios(num_images, minimum, generator)
+    num_hidden = (ratios * num_latents).ceil().long().clamp(1, num_latents)
+    ranks = torch.rand(num_images, num_latents, generator=generator, device=ratios.device).argsort(-1).argsort(-1)
+    return ranks < num_hidden[:, None]
+
+
+def tokens_per_step(num_hidden: int, num_ar_steps: int) -> list[int]:
+    r"""
+    How many latents each autoregressive step generates: MAR's cosine schedule, at least one each.
+
+    After step s, floor(n cos(pi / 2 (s + 1) / S)) of the n latents stay hidden.
+
+    Args:
+        num_hidden (`int`): n, latents to generate.
+        num_ar_steps (`int`): S.
+
+    Returns:
+        `list[int]` of length `num_ar_steps` that sums to `num_hidden`.
+
+    Raises:
+        ValueError: If `num_ar_steps` is not between 1 and `num_hidden`.
+    """
+    if not 1 <= num_ar_steps <= num_hidden:
+        raise ValueError(
+            f"`num_ar_steps` must be between 1 and {num_hidden}, the number of hidden latents; got {num_ar_steps}."
+        )
+    counts, hidden = [], num_hidden
+    for step in range(num_ar_steps):
+        remaining = num_ar_steps - step - 1
+        target = math.floor(num_hidden * math.cos(math.pi / 2 * (step + 1) / num_ar_steps))
+        # At least one now, and at least one left for each later step.
+        target = max(min(target, hidden - 1), remaining)
+        counts.append(hidden - target)
+        hidden = target
+    return counts

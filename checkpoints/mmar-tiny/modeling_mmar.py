@@ -1,0 +1,1076 @@
+"""MMAR: one model for text from images and images from text (arXiv 2410.10798)."""
+
+import contextlib
+import copy
+import inspect
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from huggingface_hub import CommitInfo, ModelCard
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask, create_masks_for_generate
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, ModelOutput
+
+from .card_mmar import count_parameters, make_model_card
+from .hub_mmar import export_remote_code, push_folder
+from .configuration_mmar import IGNORE_INDEX, MMARConfig
+from .diffusion_mmar import (
+    TIMESTEP_INITIAL_STD,
+    MMARDiffusionLinear,
+    MMARDiffusionMLP,
+    cosine_alphas_cumprod,
+    diffusion_loss,
+)
+from .embedding_vit_mmar import MMAREmbeddingViT, MMARLatentEncoder, MMARViTLinear
+from .frozen_parts_mmar import DOWNLOAD_ARGUMENTS, KEY_MAPPING, check_unchanged, joined_folder, part_of
+from .generation_mmar import MMARImageGenerationMixin
+from .masking_mmar import cached_position_ids, image_block_ids, shared_position_ids
+from .plora_mmar import MMARQwen2Model
+
+
+# Largest absolute pixel value that is taken for [-1, 1].
+MAX_PIXEL_VALUE = 1.1
+# Parts that a quantization leaves alone, beside PLoRA's own weights.
+NOT_QUANTIZED = ("lm_head", "model.latent_encoder", "diffusion_mlp", "vae")
+
+
+@dataclass
+class MMARCausalLMOutputWithPast(ModelOutput):
+    r"""
+    Output of MMAR.
+
+    Args:
+        loss (`torch.FloatTensor`, *optional*): Sum of the losses below (Eq. 4 with weights 1 : 1), where any applies.
+        text_loss (`torch.FloatTensor`, *optional*): Cross entropy per labelled token, in nats.
+        image_loss (`torch.FloatTensor`, *optional*): Diffusion loss of the hidden latents (Eq. 8).
+        logits (`torch.FloatTensor` of shape `(B, L, vocab_size)`, *optional*): None in training with labels, where
+            only labelled positions pass the `lm_head`.
+        past_key_values (`Cache`, *optional*): Keys and values of the sequence so far.
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*): Of each layer, each `(B, L, D)`.
+        attentions (`tuple(torch.FloatTensor)`, *optional*): Of each layer, each `(B, heads, L, L)`.
+        image_hidden_states (`torch.FloatTensor` of shape `(I, N, D)`, *optional*): The LLM's output z at image tokens.
+    """
+
+    loss: Tensor | None = None
+    text_loss: Tensor | None = None
+    image_loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    image_hidden_states: Tensor | None = None
+
+
+class _KeepsDtype(nn.Module):
+    """A module that stays in its own dtype, float32, when the model around it is cast."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            applied = fn(tensor)
+            return applied if applied.dtype == tensor.dtype else tensor.to(applied.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+
+class MMARAutoencoderKL(_KeepsDtype, AutoencoderKL):
+    """diffusers' `AutoencoderKL` in float32."""
+
+
+class MMARRotaryEmbedding(_KeepsDtype, Qwen2RotaryEmbedding):
+    """Qwen2's frequencies in float32, cast or loaded: in bfloat16 the positions of a long text run into each other."""
+
+
+class MMARPreTrainedModel(PreTrainedModel):
+    """Weight initialization and loading shared by MMAR's models."""
+
+    config_class = MMARConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MMARQwen2DecoderLayer", "MMARViTLayer", "MMARDiffusionBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    # FlashAttention-2 ignores the block mask that makes an image bidirectional.
+    _supports_flash_attn = False
+    # Its block masks cannot be mixed with the dense mask of image generation.
+    _supports_flex_attn = False
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _keep_in_fp32_modules_strict = ["vae"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.vit_config.initializer_range
+        # Keyed on the modules that own the parameters: transformers visits no others. PLoRA's are in MMARQwen2Model.
+        if isinstance(module, MMAREmbeddingViT):
+            init.normal_(module.position_embedding, std=std)
+        elif isinstance(module, MMARLatentEncoder):
+            init.normal_(module.mask_token, std=std)
+            init.normal_(module.position_embedding, std=std)
+        elif isinstance(module, MMARDiffusionLinear):
+            if module.initialization == "zero":
+                init.zeros_(module.weight)
+            elif module.initialization == "normal":
+                init.normal_(module.weight, std=TIMESTEP_INITIAL_STD)
+            else:
+                init.xavier_uniform_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, MMARViTLinear):
+            init.xavier_uniform_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm) and not module.elementwise_affine:
+            return
+        else:
+            super()._init_weights(module)
+
+
+class MMARModel(MMARPreTrainedModel):
+    """The latent encoder and the language model with PLoRA: everything up to the heads."""
+
+    def __init__(self, config: MMARConfig):
+        super().__init__(config)
+        self.language_model = MMARQwen2Model(config.text_config, config.plora_rank, config.plora_alpha)
+        self.language_model.rotary_emb = MMARRotaryEmbedding(config.text_config)
+        self.latent_encoder = MMARLatentEncoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.language_model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.language_model.embed_tokens = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        latent_tokens: Tensor | None = None,
+        latent_mask: Tensor | None = None,
+        image_token_mask: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): Tokens; `image_token_id` marks image tokens.
+            attention_mask (`torch.Tensor` of shape `(B, past + L)`, *optional*): 0 at padding.
+            position_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): RoPE positions; made here by default.
+            past_key_values (`Cache`, *optional*): Keys and values of earlier tokens.
+            inputs_embeds (`torch.FloatTensor` of shape `(B, L, D)`, *optional*): In place of the tokens' embeddings;
+                needs `image_token_mask` where there are images.
+            latent_tokens (`torch.FloatTensor` of shape `(I, N, C)`, *optional*): The pictures, in reading order.
+            latent_mask (`torch.BoolTensor` of shape `(I, N)`, *optional*): True where a latent is hidden.
+            image_token_mask (`torch.BoolTensor` of shape `(B, L)`, *optional*): True at image tokens.
+            use_cache (`bool`, *optional*): Return the cache.
+
+        Returns:
+            `BaseModelOutputWithPast`
+
+        Raises:
+            ValueError: If image tokens and pictures do not match in number, or the text is longer than the language
+                model's positions.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected exactly one of `input_ids` and `inputs_embeds`; pass one of them.")
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        # A decoding step has no image tokens; not looking for them avoids a host sync.
+        is_decoding = latent_tokens is None and past_key_values is not None and image_token_mask is None
+        if image_token_mask is None and input_ids is not None and not (is_decoding and input_ids.shape[1] == 1):
+            image_token_mask = input_ids == self.config.image_token_id
+        if image_token_mask is not None and not bool(image_token_mask.any()):
+            image_token_mask = None
+        self._check_images(image_token_mask, latent_tokens)
+
+        # 1. Embed the text; the placeholder's own embedding is never read.
+        if inputs_embeds is None:
+            text_ids = input_ids if image_token_mask is None else input_ids.masked_fill(image_token_mask, 0)
+            inputs_embeds = self.language_model.embed_tokens(text_ids)
+
+        # 2. Embed the pictures and put them in their places (Fig. 2).
+        if image_token_mask is not None:
+            image_embeds = self.latent_encoder(latent_tokens, latent_mask).to(inputs_embeds)
+            inputs_embeds = inputs_embeds.masked_scatter(image_token_mask[..., None], image_embeds)
+
+        # 3. Positions and attention: causal text, bidirectional pictures.
+        if position_ids is None:
+            position_ids = self._position_ids(inputs_embeds, image_token_mask, attention_mask, past_key_values)
+        # Looked at where it can be, and not in each decoding step, which would sync.
+        total = inputs_embeds.shape[1] if isinstance(past_length, Tensor) else inputs_embeds.shape[1] + past_length
+        if inputs_embeds.shape[1] > 1 and total > self.config.text_config.max_position_embeddings:
+            self._check_positions(position_ids)
+        if not isinstance(attention_mask, dict):
+            block_ids = None
+            if image_token_mask is not None:
+                block_ids = image_block_ids(image_token_mask, self.config.num_latents)
+                # Full length: earlier pictures are whole and lie in the past of every query.
+                block_ids = F.pad(block_ids, (int(past_length), 0), value=-1)
+            attention_mask = {
+                "full_attention": create_causal_mask(
+                    config=self.config.text_config,
+                    inputs_embeds=inputs_embeds,
+                    attention_mask=attention_mask,
+                    past_key_values=past_key_values,
+                    position_ids=None,  # repeated ids would be read as packed sequences
+                    block_sequence_ids=block_ids,
+                )
+            }
+
+        # 4. The language model. In training PLoRA always runs, so that ranks with and without images agree.
+        if image_token_mask is None and self.training:
+            image_token_mask = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
+        cached = None
+        if use_cache is not False and not torch.compiler.is_compiling():
+            cached = cached_position_ids(past_key_values, len(inputs_embeds))
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            image_token_mask=image_token_mask,
+            **kwargs,
+        )
+        if cached is not None and outputs.past_key_values is not None:
+            # The next token's position is not the number of cached tokens, once a picture was read.
+            position_ids = position_ids.expand(len(inputs_embeds), -1)
+            outputs.past_key_values.mmar_position_ids = torch.cat([cached.to(position_ids), position_ids], dim=1)
+        return outputs
+
+    def _check_images(self, image_token_mask: Tensor | None, latent_tokens: Tensor | None) -> None:
+        num_tokens = 0 if image_token_mask is None else int(image_token_mask.sum())
+        num_images = 0 if latent_tokens is None else len(latent_tokens)
+        if num_tokens != num_images * self.config.num_latents:
+            raise ValueError(
+                f"expected {self.config.num_latents} image tokens (id {self.config.image_token_id}) for each of the "
+                f"{num_images} pictures given; got {num_tokens} image tokens. Give one picture per image mark of the "
+                "text; `MMARProcessor` expands the marks."
+            )
+        if num_tokens and bool((image_token_mask.sum(-1) % self.config.num_latents).any()):
+            raise ValueError(
+                f"expected whole pictures, {self.config.num_latents} image tokens each, in each row; got "
+                f"{image_token_mask.sum(-1).tolist()} image tokens. Do not truncate a text inside a picture."
+            )
+
+    def _check_positions(self, position_ids: Tensor) -> None:
+        limit = self.config.text_config.max_position_embeddings
+        if (longest := int(position_ids.max()) + 1) > limit:
+            raise ValueError(
+                f"the text must have at most {limit} positions (`max_position_embeddings`), one per picture; got "
+                f"{longest}. Shorten it."
+            )
+
+    def _position_ids(
+        self,
+        inputs_embeds: Tensor,
+        image_token_mask: Tensor | None,
+        attention_mask: Tensor | dict | None,
+        past_key_values: Cache | None,
+    ) -> Tensor:
+        batch, length = inputs_embeds.shape[:2]
+        # Positions taken so far; fewer than the tokens, once a picture was read.
+        cached = cached_position_ids(past_key_values, batch).to(inputs_embeds.device)
+        start = cached.amax(-1, keepdim=True) + 1 if cached.shape[1] else 0
+        padding_mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
+        if padding_mask is not None:
+            padding_mask = padding_mask[:, -length:]
+        if image_token_mask is None:
+            image_token_mask = torch.zeros((batch, length), dtype=torch.bool, device=inputs_embeds.device)
+        return shared_position_ids(image_token_mask, self.config.num_latents, padding_mask) + start
+
+
+class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin, GenerationMixin):
+    r"""
+    MMAR with its heads: text through the `lm_head`, pictures through the Diffusion MLP and the frozen VAE.
+
+    Args:
+        config (`MMARConfig`): The configuration.
+
+    Example:
+
+    ```python
+    >>> from mmar import MMARForConditionalGeneration
+
+    >>> model = MMARForConditionalGeneration.from_pretrained("checkpoints/mmar-tiny")
+    >>> model.config.num_latents
+    16
+    ```
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    output_modalities = ("text", "image")
+    # Losses are means, so the Trainer scales them for gradient accumulation.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: MMARConfig):
+        super().__init__(config)
+        self.model = MMARModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.diffusion_mlp = MMARDiffusionMLP(
+            config.diffusion_config, config.latent_channels, config.text_config.hidden_size
+        )
+        # Last, since the first parameter's dtype is the model's. Its own config holds the latent scale.
+        self.vae = MMARAutoencoderKL(**config.vae_config)
+        self.post_init()
+        self.freeze()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *args,
+        output_loading_info: bool = False,
+        **kwargs,
+    ):
+        r"""
+        Loads a model; see `PreTrainedModel.from_pretrained`. Frozen parts that it keeps by reference are fetched and
+        joined.
+
+        Raises:
+            ValueError: If weights are missing: a file of a local folder, a part that is named by reference, or tensors
+                in the files. transformers would draw the latter at random.
+        """
+        path = pretrained_model_name_or_path
+        if path is not None and not kwargs.get("subfolder") and not kwargs.get("variant"):
+            _check_weights_files(Path(path))
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = _for_backbone_only(kwargs["quantization_config"])
+        download = {name: kwargs[name] for name in DOWNLOAD_ARGUMENTS if name in kwargs}
+        place = {name: kwargs[name] for name in ("revision", "subfolder") if kwargs.get(name) is not None}
+        config = kwargs.get("config")
+        if path is not None and not isinstance(config, PreTrainedConfig):
+            config = cls.config_class.from_pretrained(path if config is None else config, **place, **download)
+        if config is not None and config.frozen_weights == "referenced" and path is not None:
+            kwargs = {name: value for name, value in kwargs.items() if name not in place} | {
+                "key_mapping": KEY_MAPPING
+            }
+            with joined_folder(path, config.frozen_parts, **place, **download) as joined:
+                model, info = super().from_pretrained(joined, *args, output_loading_info=True, **kwargs)
+            model.config.name_or_path = model.name_or_path = str(path)
+        else:
+            model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(
+                f"expected all weights of the model in {str(pretrained_model_name_or_path)!r}; {len(missing)} are "
+                f"missing, among them {', '.join(missing[:3])}. Check that the config belongs to these weights and "
+                "that they were written whole."
+            )
+        # Loading makes new parameters, which are trainable.
+        model.freeze()
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        frozen: str | None = None,
+        **kwargs,
+    ) -> None:
+        r"""
+        Writes config.json, generation_config.json, the weights and MMAR's code; see `PreTrainedModel.save_pretrained`.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Folder, made if it does not exist.
+            is_main_process (`bool`, *optional*, defaults to `True`): In distributed training, whether this process
+                writes.
+            push_to_hub (`bool`, *optional*, defaults to `False`): Also upload, to `repo_id` or a repository of the
+                folder's name.
+            max_shard_size (`int` or `str`, *optional*, defaults to `"50GB"`): Largest weights file.
+            frozen (`str`, *optional*): `"include"` writes all weights; `"reference"` only those that were trained, and
+                where the others come from, as `config.frozen_parts` has it. By default as the model was loaded.
+            **kwargs: Other arguments of `PreTrainedModel.save_pretrained`; `repo_id`, `commit_message`, `private`,
+                `token` and `create_pr` of `push_to_hub`.
+
+        Raises:
+            ValueError: For `frozen="reference"` if `config.frozen_parts` names no part, or a part has changed since.
+        """
+        hub_names = ("commit_message", "private", "token", "create_pr", "revision")
+        hub_kwargs = {name: kwargs.pop(name) for name in hub_names if name in kwargs}
+        repo_id = kwargs.pop("repo_id", Path(save_directory).name)
+        # MMAR has one format; converting "back" would only reorder the weights of a model that was loaded.
+        kwargs.setdefault("save_original_format", False)
+        if is_main_process and os.path.isfile(save_directory):
+            raise ValueError(f"expected a folder to save to; {str(save_directory)!r} is a file. Name another.")
+        weights = [Path(save_directory) / name for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
+        before = [path.stat() if path.is_file() else None for path in weights]
+        with self._frozen_as(frozen):
+            if self.config.frozen_weights == "referenced":
+                kwargs["state_dict"] = self._trained_state(kwargs.get("state_dict"), is_main_process)
+            super().save_pretrained(
+                save_directory, is_main_process=is_main_process, max_shard_size=max_shard_size, **kwargs
+            )
+        if is_main_process:
+            # One file or shards: what an earlier save left of the other kind would win over what was written now.
+            written = [path.is_file() and path.stat() != old for path, old in zip(weights, before, strict=True)]
+            for path, is_new in zip(weights, written, strict=True):
+                if any(written) and not is_new:
+                    path.unlink(missing_ok=True)
+            export_remote_code(save_directory)
+            if push_to_hub:
+                self.push_to_hub(repo_id, max_shard_size=max_shard_size, frozen=frozen, **hub_kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        max_shard_size: int | str = "50GB",
+        frozen: str | None = None,
+        commit_message: str = "Upload MMARForConditionalGeneration",
+        tags: list[str] | str | None = None,
+        **kwargs,
+    ) -> CommitInfo:
+        r"""
+        Uploads what `save_pretrained` writes, and a model card where the repository has none. `MMARPipeline` uploads
+        the whole folder, with the processor.
+
+        Args:
+            repo_id (`str`): Repository, made if it does not exist.
+            max_shard_size (`int` or `str`, *optional*, defaults to `"50GB"`): Largest weights file.
+            frozen (`str`, *optional*): `"include"` or `"reference"`; see `save_pretrained`.
+            commit_message (`str`, *optional*): Title of the commit.
+            tags (`list[str]`, *optional*): For the new card.
+            **kwargs: `commit_description`, `private`, `token`, `revision` (a branch) and `create_pr`.
+
+        Returns:
+            `huggingface_hub.CommitInfo`
+
+        Raises:
+            ValueError: If there is no token that may write, the upload broke, or a part is kept by reference to a
+                local folder, which others do not have.
+        """
+        return self.upload(
+            lambda folder: self.save_pretrained(folder, max_shard_size=max_shard_size),
+            repo_id,
+            frozen=frozen,
+            tags=[tags] if isinstance(tags, str) else tags,
+            commit_message=commit_message,
+            **kwargs,
+        )
+
+    def upload(
+        self,
+        write: Callable[[Path], Any],
+        repo_id: str,
+        frozen: str | None = None,
+        tags: list[str] | None = None,
+        **kwargs,
+    ) -> CommitInfo:
+        """Uploads what `write` puts into a folder, this model among it; see `push_to_hub`."""
+        parts = self.config.frozen_parts
+        with self._frozen_as(frozen):
+            self._check_shareable()
+            try:
+                # Where a part lay on this machine is nobody's business.
+                shared = {part: entry for part, entry in (parts or {}).items() if not Path(entry["repo_id"]).is_dir()}
+                self.config.frozen_parts = shared or None
+                return push_folder(write, repo_id, lambda name: self.model_card(name, tags), **kwargs)
+            finally:
+                self.config.frozen_parts = parts
+
+    def model_card(self, repo_id: str, tags: list[str] | None = None) -> ModelCard:
+        """A card of what the model itself tells; `python -m mmar.conversion.model_card` makes a fuller one."""
+        card = make_model_card(self.config, repo_id, num_parameters=count_parameters(self))
+        card.data.tags += [tag for tag in tags or [] if tag not in card.data.tags]
+        return card
+
+    def _check_shareable(self) -> None:
+        """Raises a `ValueError` if the model, as it would be saved, needs a local folder."""
+        if self.config.frozen_weights == "referenced":
+            for part, reference in self.config.frozen_parts.items():
+                if Path(reference["repo_id"]).is_dir():
+                    raise ValueError(
+                        f"expected the {part} in a repository that others can read; `config.frozen_parts[{part!r}]` "
+                        f"is the local folder {reference['repo_id']!r}. Upload it and name it, or push with "
+                        "`frozen='include'`."
+                    )
+
+    @contextlib.contextmanager
+    def _frozen_as(self, frozen: str | None) -> Iterator[None]:
+        """Has the config say, while it is written, whether the frozen weights are beside it."""
+        ways = {"include": "included", "reference": "referenced"}
+        if frozen is not None and frozen not in ways:
+            raise ValueError(f"`frozen` must be 'include' or 'reference'; got {frozen!r}.")
+        before = self.config.frozen_weights
+        frozen_weights = before if frozen is None else ways[frozen]
+        if frozen_weights == "referenced" and not self.config.frozen_parts:
+            raise ValueError(
+                "`frozen='reference'` needs `config.frozen_parts`, where the backbone and the VAE come from, such as "
+                "{'backbone': {'repo_id': 'Qwen/Qwen2-7B-Instruct', 'revision': '<commit>'}}; set it."
+            )
+        self.config.frozen_weights = frozen_weights
+        try:
+            yield
+        finally:
+            self.config.frozen_weights = before
+
+    def _trained_state(self, state: dict[str, Tensor] | None, is_main_process: bool) -> dict[str, Tensor]:
+        """The weights that no reference gives, once those that are left out are known to be what it names."""
+        state = self.state_dict() if state is None else state
+        parts = self.config.frozen_parts
+        if is_main_process:
+            check_unchanged(state, parts)
+        return {name: value for name, value in state.items() if part_of(name, parts) is None}
+
+    def freeze(self, train_backbone: bool = False) -> None:
+        r"""
+        Freezes the VAE and Qwen2, and makes the rest trainable (Sec. 3.3.2).
+
+        Args:
+            train_backbone (`bool`, *optional*, defaults to `False`): Also train Qwen2's own weights; for a model whose
+                backbone was not pretrained.
+        """
+        for parameter in self.parameters():
+            if parameter.is_floating_point():  # quantized weights take no gradient
+                parameter.requires_grad_(True)
+        self.vae.requires_grad_(False)
+        if not train_backbone:
+            for name, parameter in self.named_parameters():
+                is_backbone = name.startswith(("model.language_model.", "lm_head."))
+                if is_backbone and not name.endswith((".image_A", ".image_B")):
+                    parameter.requires_grad_(False)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.vae.train(False)
+        return self
+
+    # ----------------------------------------------------------------------------------------------------- latents
+
+    def encode_images(
+        self, pixel_values: Tensor, sample_posterior: bool = False, generator: torch.Generator | None = None
+    ) -> Tensor:
+        r"""
+        Pictures to latents of unit variance.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(I, 3, H, W)`): Pictures in [-1, 1].
+            sample_posterior (`bool`, *optional*, defaults to `False`): Sample (training) or take the mode (inference).
+            generator (`torch.Generator`, *optional*): Source of the sample.
+
+        Returns:
+            `torch.FloatTensor` of shape `(I, C, h, w)`, float32.
+
+        Raises:
+            ValueError: If the pictures have another size than the config's.
+        """
+        with torch.no_grad():
+            mean, std = self.encode_image_distributions(pixel_values)
+            if not sample_posterior:
+                return mean
+            device = mean.device if generator is None else generator.device
+            return mean + std * torch.randn(mean.shape, generator=generator, device=device).to(mean.device)
+
+    @torch.no_grad()
+    def encode_image_distributions(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        r"""
+        Pictures to the mean and std of their scaled latents' posterior; what a latent cache stores.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(I, 3, H, W)`): Pictures in [-1, 1].
+
+        Returns:
+            `tuple` of two `torch.FloatTensor` of shape `(I, C, h, w)`, float32.
+
+        Raises:
+            ValueError: If the pictures have another size than the config's, are integers, or have values outside
+                [-1, 1].
+        """
+        size = self.config.image_size
+        if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):
+            raise ValueError(
+                f"`pixel_values` must have the shape (num_images, 3, {size}, {size}); got "
+                f"{tuple(pixel_values.shape)}. `MMARImageProcessor` resizes pictures."
+            )
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"`pixel_values` must be floating point, in [-1, 1]; got {pixel_values.dtype}. `MMARImageProcessor` "
+                "scales pictures."
+            )
+        # NaN fails the comparison too. Resampled floats may overshoot a little.
+        if not bool((pixel_values.abs() <= MAX_PIXEL_VALUE).all()):
+            raise ValueError(
+                f"`pixel_values` must be finite and in [-1, 1]; got values up to {float(pixel_values.abs().max())}. "
+                "`MMARImageProcessor` scales pictures; bytes are x / 127.5 - 1."
+            )
+        with torch.autocast(pixel_values.device.type, enabled=False):
+            posterior = self.vae.encode(pixel_values.to(self.vae.dtype)).latent_dist
+        shift, scale = self._latent_shift_and_scale(posterior.mean)
+        return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        r"""
+        Latents of unit variance to pictures.
+
+        Args:
+            latents (`torch.FloatTensor` of shape `(I, C, h, w)`): As `encode_images` makes them.
+
+        Returns:
+            `torch.FloatTensor` of shape `(I, 3, H, W)`, float32, about [-1, 1].
+
+        Raises:
+            ValueError: If the latents have another shape than the config's, or are NaN or infinite.
+        """
+        self._check_latents(latents, None)
+        shift, scale = self._latent_shift_and_scale(latents)
+        with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
+            return self.vae.decode((latents.float() / scale + shift).to(self.vae.dtype)).sample.float()
+
+    def _check_latents(self, latents: Tensor | None, latent_mask: Tensor | None) -> None:
+        shape = (self.config.latent_channels, self.config.latent_size, self.config.latent_size)
+        if latents is not None and latents.shape[1:] != shape:
+            raise ValueError(
+                f"`latents` must have the shape {('num_images', *shape)}, as `encode_images` makes them; got "
+                f"{tuple(latents.shape)}."
+            )
+        if latents is not None and latent_mask is not None:
+            expected = (len(latents), self.config.num_latents)
+            if latent_mask.shape != expected or latent_mask.dtype != torch.bool:
+                raise ValueError(
+                    f"`latent_mask` must be a bool tensor of shape {expected}, True where a latent is hidden; got "
+                    f"{latent_mask.dtype} of shape {tuple(latent_mask.shape)}."
+                )
+        if latents is not None:
+            finite = torch.isfinite(latents).all(1).flatten(1)  # (I, N); hidden latents are never read
+            if not bool((finite if latent_mask is None else finite | latent_mask.to(finite.device)).all()):
+                raise ValueError("expected finite pictures or latents; got NaN or infinite values. Check the input.")
+
+    def _latent_shift_and_scale(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.vae.config
+        if config.latents_std is not None:
+            shift, std = (
+                latents.new_tensor(v, dtype=torch.float32) for v in (config.latents_mean, config.latents_std)
+            )
+            return shift[:, None, None], 1 / std[:, None, None]
+        shift = config.shift_factor or 0.0
+        return tuple(torch.tensor(v, device=latents.device) for v in (shift, float(config.scaling_factor)))
+
+    # ----------------------------------------------------------------------------------------------------- forward
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        latents: Tensor | None = None,
+        latent_mask: Tensor | None = None,
+        image_token_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        mm_token_type_ids: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> MMARCausalLMOutputWithPast | tuple:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): Tokens, `num_latents` marks per picture.
+            attention_mask (`torch.Tensor` of shape `(B, past + L)`, *optional*): 0 at padding.
+            position_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): RoPE positions, one for each picture.
+            past_key_values (`Cache`, *optional*): Keys and values of earlier tokens.
+            inputs_embeds (`torch.FloatTensor` of shape `(B, L, D)`, *optional*): In place of `input_ids`.
+            pixel_values (`torch.FloatTensor` of shape `(I, 3, H, W)`, *optional*): All pictures of the batch in
+                reading order, in [-1, 1].
+            latents (`torch.FloatTensor` of shape `(I, C, h, w)`, *optional*): Scaled latents in place of pictures.
+            latent_mask (`torch.BoolTensor` of shape `(I, N)`, *optional*): True where a latent is hidden and its
+                diffusion loss is taken. Without it every picture is fully known.
+            image_token_mask (`torch.BoolTensor` of shape `(B, L)`, *optional*): With `inputs_embeds`, True at image
+                tokens.
+            labels (`torch.LongTensor` of shape `(B, L)`, *optional*): Tokens to predict, -100 elsewhere.
+            use_cache (`bool`, *optional*): Return the cache.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): Logits of the last so many positions
+                only; 0 keeps all.
+            mm_token_type_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): 1 at image tokens; for pipelines, the
+                token ids already tell.
+            generator (`torch.Generator`, *optional*): Source of posterior samples, timesteps and noise.
+            return_dict (`bool`, *optional*): False returns a tuple.
+
+        Returns:
+            `MMARCausalLMOutputWithPast`
+
+        Raises:
+            ValueError: If both pictures and latents are given, an input is no tensor, shapes are wrong, or image
+                tokens and pictures do not match in number.
+        """
+        tensors = {
+            "input_ids": input_ids,
+            "inputs_embeds": inputs_embeds,
+            "pixel_values": pixel_values,
+            "latents": latents,
+            "latent_mask": latent_mask,
+            "image_token_mask": image_token_mask,
+            "labels": labels,
+        }
+        if not isinstance(attention_mask, dict):
+            tensors["attention_mask"] = attention_mask
+        _check_tensors(tensors, self.config.text_config.vocab_size)
+        if pixel_values is not None and latents is not None:
+            raise ValueError("expected at most one of `pixel_values` and `latents`; pass one of them.")
+
+        # 1. Encode latents: the posterior is sampled in training, its mode is read at inference.
+        if pixel_values is not None:
+            latents = self.encode_images(pixel_values, sample_posterior=self.training, generator=generator)
+        self._check_latents(latents, latent_mask)
+        # (I, C, h, w) -> (I, N, C)
+        latent_tokens = None if latents is None else latents.flatten(2).transpose(1, 2)
+        if self.training and latent_tokens is not None and latent_mask is None:
+            # The same pictures, by the way that the mask token takes part in.
+            latent_mask = torch.zeros(latent_tokens.shape[:2], dtype=torch.bool, device=latent_tokens.device)
+
+        # 2.-5. Mask, embed, build the sequence, run the LLM.
+        if image_token_mask is None and input_ids is not None and latent_tokens is not None:
+            image_token_mask = input_ids == self.config.image_token_id
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            latent_tokens=latent_tokens,
+            latent_mask=latent_mask,
+            image_token_mask=image_token_mask,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+
+        # 6. Text head: in training only labelled positions pass the lm_head.
+        logits, text_loss = None, None
+        if labels is not None:
+            labels = labels.to(hidden_states.device)
+            predicts = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) != IGNORE_INDEX
+            targets = labels[:, 1:][predicts[:, :-1]]
+            if len(targets):
+                text_loss = F.cross_entropy(self.lm_head(hidden_states[predicts]).float(), targets)
+        if labels is None or not self.training:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
+            kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else kept
+            logits = self.lm_head(hidden_states[:, kept])
+
+        # 7. Image head: z at a hidden latent predicts that latent (Eq. 8).
+        z, image_loss = None, None
+        if latent_tokens is not None:
+            # (B, L, D) -> (I, N, D)
+            z = hidden_states[image_token_mask].view(*latent_tokens.shape[:2], -1)
+            if latent_mask is not None and bool(latent_mask.any()):
+                diffusion = self.config.diffusion_config
+                image_loss = diffusion_loss(
+                    self.diffusion_mlp,
+                    latent_tokens[latent_mask],
+                    z[latent_mask],
+                    cosine_alphas_cumprod(diffusion.num_train_timesteps).to(z.device),
+                    diffusion.prediction_type,
+                    diffusion.diffusion_batch_mul,
+                    generator,
+                )
+
+        losses = [part for part in (text_loss, image_loss) if part is not None]
+        if self.training and image_loss is None and losses:
+            losses.append(self._unused_heads(hidden_states, used_encoder=latent_tokens is not None))
+        result = MMARCausalLMOutputWithPast(
+            loss=sum(losses) if losses else None,
+            text_loss=text_loss,
+            image_loss=image_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=z,
+        )
+        return result.to_tuple() if return_dict is False else result
+
+    def _unused_heads(self, hidden_states: Tensor, used_encoder: bool) -> Tensor:
+        """Zero, through the parts that a batch without hidden latents leaves out: all ranks must run the same ones."""
+        channels, device = self.config.latent_channels, hidden_states.device
+        timesteps = torch.zeros(1, dtype=torch.long, device=device)
+        output = self.diffusion_mlp(torch.zeros(1, channels, device=device), timesteps, hidden_states[:1, 0]).sum()
+        if not used_encoder:
+            tokens = torch.zeros(1, self.config.num_latents, channels, device=device)
+            nothing_hidden = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=device)
+            output = output + self.model.latent_encoder(tokens, nothing_hidden).float().sum()
+        return 0.0 * output
+
+    # ------------------------------------------------------------------------------------------------ text generation
+
+    def generate(self, *args, generation_mode: str | None = None, **kwargs) -> Any:
+        r"""
+        Generates text (`generation_mode` "text" or None, see `GenerationMixin.generate`) or pictures ("image", see
+        `generate_images`).
+
+        Raises:
+            ValueError: For another `generation_mode`, or if prompt and answer need more positions than the model has.
+        """
+        if generation_mode == "image":
+            # transformers' "any-to-any" passes lengths and token ids for text even here.
+            for_text = vars(GenerationConfig()).keys() - inspect.signature(self.generate_images).parameters
+            kwargs = {name: value for name, value in kwargs.items() if name not in for_text}
+            if not args and "input_ids" not in kwargs:
+                raise ValueError(
+                    "expected `input_ids`, the text before the picture; got none. "
+                    "`MMARProcessor.generation_inputs` makes them."
+                )
+            null_prompt_ids = self.config.null_prompt_ids
+            if null_prompt_ids is not None and kwargs.get("negative_input_ids") is None:
+                input_ids = args[0] if args else kwargs["input_ids"]
+                kwargs["negative_input_ids"] = input_ids.new_tensor(null_prompt_ids).repeat(len(input_ids), 1)
+            return self.generate_images(*args, **kwargs)
+        if generation_mode not in (None, "text"):
+            raise ValueError(f"`generation_mode` must be 'text' or 'image'; got {generation_mode!r}.")
+        _check_tensors({"input_ids": args[0] if args else kwargs.get("input_ids")}, self.config.text_config.vocab_size)
+        self._check_room(*args, **kwargs)
+        return super().generate(*args, **kwargs)
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, **kwargs
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        # The image token stands for a picture and is never written.
+        suppressed = generation_config.suppress_tokens or []
+        generation_config.suppress_tokens = sorted({*suppressed, self.config.image_token_id})
+        return generation_config, model_kwargs
+
+    def _check_room(
+        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, *args, **kwargs
+    ) -> None:
+        """Raises a `ValueError` if prompt and answer need more positions than the language model has."""
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.shape[1] == 0:
+            return
+        settings, _ = self._prepare_generation_config(generation_config, **kwargs)
+        num_new = settings.max_new_tokens
+        if num_new is None:
+            given = (kwargs.get("max_length"), getattr(generation_config, "max_length", None))
+            is_default = all(length is None for length in (*given, self.generation_config.max_length))
+            # By default transformers writes so many tokens more; a length that is given counts the prompt.
+            num_new = settings.max_length - (0 if is_default else input_ids.shape[1])
+        attention_mask = kwargs.get("attention_mask")
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            attention_mask = None
+        is_image = input_ids == self.config.image_token_id
+        longest = int(shared_position_ids(is_image, self.config.num_latents, attention_mask).max()) + 1
+        limit = self.config.text_config.max_position_embeddings
+        if longest + max(num_new, 0) > limit:
+            raise ValueError(
+                f"prompt and answer must have at most {limit} positions (`max_position_embeddings`), one per picture; "
+                f"got {longest} and up to {num_new} new tokens. Shorten the prompt or lower `max_new_tokens`."
+            )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        inputs_embeds: Tensor | None = None,
+        latents: Tensor | None = None,
+        image_token_mask: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs,
+    ) -> dict[str, Any]:
+        # Without a cache every step reads the pictures again.
+        if is_first_iteration or not kwargs.get("use_cache", True):
+            given = {"latents": latents, "image_token_mask": image_token_mask}
+            kwargs |= {name: value for name, value in given.items() if value is not None}
+        if kwargs.get("mm_token_type_ids") is None:
+            is_image = input_ids == self.config.image_token_id
+            if inputs_embeds is not None and is_first_iteration:
+                is_image = torch.zeros(inputs_embeds.shape[:2]) if image_token_mask is None else image_token_mask
+            kwargs["mm_token_type_ids"] = is_image.long().to(input_ids.device)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+        inputs.pop("mm_token_type_ids", None)
+        return inputs
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: MMARConfig,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        **kwargs,
+    ) -> dict[str, Tensor | None] | Tensor | None:
+        """Masks for static caches: the common ones, with each picture one bidirectional block."""
+        block_ids = None
+        if mm_token_type_ids is not None and bool(mm_token_type_ids.any()):
+            past_length = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+            block_ids = image_block_ids(mm_token_type_ids.bool(), config.num_latents)
+            block_ids = F.pad(block_ids, (past_length, 0), value=-1)
+        return create_masks_for_generate(
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=None,
+            block_sequence_ids=block_ids,
+        )
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
+        input_ids = model_kwargs.get("input_ids", inputs_tensor)
+        attention_mask = model_kwargs.get("attention_mask")
+        if model_kwargs.get("image_token_mask") is not None and inputs_tensor.ndim == 3:
+            return shared_position_ids(model_kwargs["image_token_mask"], self.config.num_latents, attention_mask)
+        if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            # Only the new tokens were given beside a cache: count on from it.
+            if model_kwargs.get("past_key_values") is None:
+                raise ValueError(
+                    f"`attention_mask` must have the shape {tuple(input_ids.shape)} of `input_ids`; got "
+                    f"{tuple(attention_mask.shape)}."
+                )
+            cached = cached_position_ids(model_kwargs["past_key_values"], len(input_ids)).to(input_ids.device)
+            start = cached.amax(-1, keepdim=True) + 1 if cached.shape[1] else 0
+            new_mask = attention_mask[:, -input_ids.shape[1] :]
+            is_image = input_ids == self.config.image_token_id
+            return shared_position_ids(is_image, self.config.num_latents, new_mask) + start
+        is_image = input_ids == self.config.image_token_id
+        return shared_position_ids(is_image, self.config.num_latents, attention_mask)
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **model_kwargs
+    ) -> tuple[Tensor, dict[str, Any]]:
+        if expand_size == 1:
+            return input_ids, model_kwargs
+        pictures = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "latents", "latent_mask")}
+        ids = input_ids
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        # A row's pictures are repeated as a group: a row may hold none or several.
+        counts = (ids == self.config.image_token_id).sum(-1).div(self.config.num_latents, rounding_mode="floor")
+        for name, value in pictures.items():
+            if value is not None:
+                if len(value) != int(counts.sum()):
+                    raise ValueError(
+                        f"expected one picture in `{name}` for each {self.config.num_latents} image tokens of the "
+                        f"text, {int(counts.sum())}; got {len(value)}. `MMARProcessor` expands the image marks."
+                    )
+                groups = [group.repeat(expand_size, *[1] * (value.ndim - 1)) for group in value.split(counts.tolist())]
+                model_kwargs[name] = torch.cat(groups)
+        return input_ids, model_kwargs
+
+
+def _check_tensors(tensors: dict[str, Any], vocab_size: int) -> None:
+    """Raises a `ValueError` if an input is neither a tensor nor None, or ids, labels and masks do not fit together."""
+    for name, value in tensors.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise ValueError(
+                f"`{name}` must be a torch tensor; got {type(value).__name__}. `MMARProcessor` makes tensors with "
+                '`return_tensors="pt"`; pass them as `**inputs`.'
+            )
+    for name in ("input_ids", "image_token_mask", "labels"):
+        value = tensors.get(name)
+        if value is not None and value.ndim != 2:
+            raise ValueError(f"`{name}` must have the shape (B, L); got {tuple(value.shape)}. Add the batch axis.")
+    for name in ("input_ids", "labels"):
+        value = tensors.get(name)
+        if value is not None and (value.is_floating_point() or value.dtype == torch.bool):
+            raise ValueError(f"`{name}` must be integers; got {value.dtype}.")
+    ids, labels = tensors.get("input_ids"), tensors.get("labels")
+    inputs = ids if ids is not None else tensors.get("inputs_embeds")
+    if labels is not None and inputs is not None and labels.shape != inputs.shape[:2]:
+        raise ValueError(
+            f"`labels` must have the shape {tuple(inputs.shape[:2])} of the inputs, -100 where nothing is predicted; "
+            f"got {tuple(labels.shape)}."
+        )
+    mask = tensors.get("attention_mask")
+    if mask is not None and mask.ndim == 2 and inputs is not None:
+        if mask.shape[0] != inputs.shape[0] or mask.shape[1] < inputs.shape[1]:
+            raise ValueError(
+                f"`attention_mask` must have a row and column per token, cached ones included, at least "
+                f"{tuple(inputs.shape[:2])}; got {tuple(mask.shape)}."
+            )
+    # Not in each decoding step, nor on a device that would wait for the answer.
+    for name, values, allowed in (("input_ids", ids, None), ("labels", labels, IGNORE_INDEX)):
+        if values is not None and values.shape[1] > 1 and values.device.type == "cpu":
+            wrong = ((values < 0) | (values >= vocab_size)) & (values != allowed if allowed else True)
+            if bool(wrong.any()):
+                raise ValueError(
+                    f"`{name}` must be in [0, {vocab_size}), the model's vocabulary"
+                    + (f", or {allowed}" if allowed else "")
+                    + f"; got {int(values[wrong][0])}. Take tokenizer and model from one folder."
+                )
+
+
+def _for_backbone_only(quantization_config: Any) -> Any:
+    """The settings of a quantization, for Qwen2's linears alone: what is trained keeps its dtype, the VAE float32."""
+    quantization_config = copy.deepcopy(quantization_config)
+    is_dict = isinstance(quantization_config, dict)
+    own = quantization_config if is_dict else vars(quantization_config)
+    method = str(getattr(own.get("quant_method"), "value", own.get("quant_method")))
+    if method != "torchao":
+        raise ValueError(
+            f"`quantization_config` must be a `TorchAoConfig`; got the method {method!r}, which would replace or pass "
+            "over PLoRA's linears."
+        )
+    own["modules_to_not_convert"] = sorted({*(own.get("modules_to_not_convert") or []), *NOT_QUANTIZED})
+    return quantization_config
+
+
+def _check_weights_files(folder: Path) -> None:
+    """
+    Raises a `ValueError` if a local folder lacks its config or weights files, or one was not written or copied whole;
+    what is not a local folder is none of its business.
+    """
+    if not folder.is_dir():
+        return
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"expected config.json in {str(folder)!r}; it is missing. Name the folder that `save_pretrained` wrote, "
+            "or copy it whole."
+        )
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file() and not (folder / SAFE_WEIGHTS_NAME).is_file():
+        try:
+            expected = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"expected the names of the weights files in {str(index)!r}; it cannot be read ({error!r}). Copy or "
+                "download it again."
+            ) from error
+    else:
+        expected = [SAFE_WEIGHTS_NAME]
+    if missing := [name for name in expected if not (folder / name).is_file()]:
+        raise ValueError(
+            f"expected the weights files {', '.join(expected)} in {str(folder)!r}; {', '.join(missing)} missing. Copy "
+            "the folder whole, or save the model again."
+        )
+    for name in expected:
+        try:
+            with safe_open(folder / name, framework="pt"):
+                pass  # reads the header, and compares it with the file's size
+        except SafetensorError as error:
+            raise ValueError(
+                f"expected whole safetensors in {str(folder / name)!r}; got a broken or truncated file ({error}). "
+                "Copy or download it again."
+            ) from error
+
+
+__all__ = [
+    "MMARAutoencoderKL",
+    "MMARCausalLMOutputWithPast",
+    "MMARForConditionalGeneration",
+    "MMARModel",
+    "MMARPreTrainedModel",
+]

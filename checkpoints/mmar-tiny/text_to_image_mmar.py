@@ -1,0 +1,98 @@
+"""transformers' "text-to-image" pipeline of MMAR. `MMARPipeline` is the one for diffusers, and can do more."""
+
+import os
+from typing import Any
+
+from torch import Tensor
+from transformers import Pipeline
+
+
+GENERATION_ARGUMENTS = (
+    "guidance_scale",
+    "guidance_schedule",
+    "num_ar_steps",
+    "num_inference_steps",
+    "generator",
+    "scheduler",
+)
+OUTPUT_TYPES = ("pil", "np", "pt")
+
+
+class MMARTextToImagePipeline(Pipeline):
+    r"""
+    Draws pictures from prompts, as `transformers.pipeline("text-to-image")`.
+
+    Arguments of a call, or of the pipeline as defaults of its calls: `negative_prompt`, `guidance_scale`,
+    `guidance_schedule`, `num_ar_steps`, `num_inference_steps`, `generator` (one), `scheduler`, `output_type` ("pil",
+    "np" or "pt") and, of every pipeline, `batch_size`.
+
+    Example:
+
+    ```python
+    >>> import mmar
+    >>> from transformers import pipeline
+
+    >>> pipe = pipeline("text-to-image", model="checkpoints/mmar-tiny")
+    >>> pipe("an emoji of crab in noto style").save("crab.png")
+    ```
+    """
+
+    _load_processor = True
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = False
+
+    def __call__(self, inputs: str | list[str], **kwargs) -> Any:
+        r"""
+        Draws one picture per prompt.
+
+        Args:
+            inputs (`str` or `list[str]`): Prompts; `""` for an unconditional picture.
+            **kwargs: See the class.
+
+        Returns:
+            One `PIL.Image.Image` for a string, a list of them for a list; with `output_type` "np" arrays `(H, W, 3)`,
+            with "pt" tensors `(3, H, W)`, both in [0, 1].
+
+        Raises:
+            ValueError: For arguments outside their range; see `MMARForConditionalGeneration.generate_images`.
+        """
+        return super().__call__(inputs, **kwargs)
+
+    def _sanitize_parameters(
+        self, negative_prompt: str | None = None, output_type: str | None = None, **kwargs
+    ) -> tuple[dict, dict, dict]:
+        if unknown := sorted(kwargs.keys() - set(GENERATION_ARGUMENTS)):
+            known = ", ".join(("negative_prompt", "output_type", *GENERATION_ARGUMENTS))
+            raise ValueError(f'"text-to-image" knows the arguments {known}; got {", ".join(unknown)}. Drop them.')
+        if output_type not in (None, *OUTPUT_TYPES):
+            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}; got {output_type!r}.")
+        if isinstance(kwargs.get("generator"), list):
+            raise ValueError("`generator` must be one `torch.Generator` here; got a list. `MMARPipeline` takes lists.")
+        preprocess = {} if negative_prompt is None else {"negative_prompt": negative_prompt}
+        postprocess = {} if output_type is None else {"output_type": output_type}
+        return preprocess, kwargs, postprocess
+
+    def preprocess(self, prompt: str, negative_prompt: str = "") -> dict[str, Tensor]:
+        # Rows with and without guidance look alike, and can be batched.
+        return dict(self.processor.generation_inputs([prompt], [negative_prompt]))
+
+    def _forward(self, model_inputs: dict[str, Tensor], **kwargs) -> dict[str, Tensor]:
+        return {"images": self.model.generate_images(**model_inputs, **kwargs)}
+
+    def postprocess(self, model_outputs: dict[str, Tensor], output_type: str = "pil") -> Any:
+        return self.processor.postprocess(model_outputs["images"], output_type=output_type)[0]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        r"""
+        Writes the model, with its code, and the processor; `MMARPipeline` adds what diffusers needs.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Folder, made if it does not exist.
+            **kwargs: Arguments of the model's `save_pretrained`.
+        """
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory)
+
+
+__all__ = ["MMARTextToImagePipeline"]
