@@ -7,6 +7,7 @@ Needs nothing but this repository and two minutes on two cores.
 """
 
 import argparse
+import textwrap
 from pathlib import Path
 
 import torch
@@ -21,18 +22,20 @@ ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / "checkpoints" / "mmar-tiny"
 DATA = ROOT / "checkpoints" / "emoji-lite"
 NUM_PICTURES = 16
-CELL, CAPTION_HEIGHT = 128, 18
+CELL, LINE_HEIGHT, LINE_LENGTH, MAX_LINES = 128, 12, 22, 3
 
 
 def sheet(pictures: list[Image.Image], captions: list[str], columns: int) -> Image.Image:
-    """Pictures in a grid, a line of text below each."""
+    """Pictures in a grid, up to three lines of text below each."""
     rows = -(-len(pictures) // columns)
-    page = Image.new("RGB", (columns * (CELL + 8), rows * (CELL + CAPTION_HEIGHT + 8)), "white")
+    wrapped = [textwrap.wrap(caption, LINE_LENGTH)[:MAX_LINES] for caption in captions]
+    caption_height = LINE_HEIGHT * max(map(len, wrapped), default=1) + 6
+    page = Image.new("RGB", (columns * (CELL + 8), rows * (CELL + caption_height + 8)), "white")
     pen = ImageDraw.Draw(page)
-    for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
-        left, top = (i % columns) * (CELL + 8) + 4, (i // columns) * (CELL + CAPTION_HEIGHT + 8) + 4
+    for i, (picture, lines) in enumerate(zip(pictures, wrapped, strict=True)):
+        left, top = (i % columns) * (CELL + 8) + 4, (i // columns) * (CELL + caption_height + 8) + 4
         page.paste(picture.resize((CELL, CELL), Image.Resampling.NEAREST), (left, top))
-        pen.text((left + 2, top + CELL + 2), caption, fill="black")
+        pen.multiline_text((left + 2, top + CELL + 2), "\n".join(lines), fill="black", spacing=1)
     return page
 
 
