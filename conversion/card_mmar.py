@@ -1,6 +1,7 @@
 """Model cards made from facts: the config, what an evaluation printed, and what the author states. Nothing else."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,27 +14,27 @@ PAPER = "arxiv:2410.10798"
 TAGS = ("mmar", "text-to-image", "image-text-to-text", "diffusers", PAPER)
 NOT_STATED = "Not stated."
 
-# Each opens the repository as it is, in a fresh process; the tests run them.
+# Each opens a whole repository, with its processor, in a fresh process; the tests run them.
 USAGE = {
     "diffusers": """\
 import torch
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{repo}", trust_remote_code=True)
-image = pipe("{prompt}", generator=torch.Generator().manual_seed(0)).images[0]
+image = pipe({prompt}, generator=torch.Generator().manual_seed(0)).images[0]
 image.save("drawn.png")
 """,
     "transformers, text to image": """\
 from transformers import pipeline
 
 pipe = pipeline("text-to-image", model="{repo}", trust_remote_code=True)
-pipe("{prompt}").save("drawn.png")
+pipe({prompt}).save("drawn.png")
 """,
     "transformers, image to text": """\
 from transformers import pipeline
 
 pipe = pipeline("image-text-to-text", model="{repo}", trust_remote_code=True)
-content = [{{"type": "image", "url": "drawn.png"}}, {{"type": "text", "text": "{question}"}}]
+content = [{{"type": "image", "url": "drawn.png"}}, {{"type": "text", "text": {question}}}]
 print(pipe(text=[{{"role": "user", "content": content}}], return_full_text=False)[0]["generated_text"])
 """,
     "transformers, model and processor": """\
@@ -41,7 +42,7 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 model = AutoModelForMultimodalLM.from_pretrained("{repo}", trust_remote_code=True)
 processor = AutoProcessor.from_pretrained("{repo}", trust_remote_code=True)
-content = [{{"type": "image", "url": "drawn.png"}}, {{"type": "text", "text": "{question}"}}]
+content = [{{"type": "image", "url": "drawn.png"}}, {{"type": "text", "text": {question}}}]
 inputs = processor.apply_chat_template(
     [{{"role": "user", "content": content}}],
     tokenize=True,
@@ -57,7 +58,7 @@ print(processor.batch_decode(answer, skip_special_tokens=True)[0])
 from {package} import MMARPipeline
 
 pipe = MMARPipeline.from_pretrained("{repo}")
-pipe("{prompt}").images[0].save("drawn.png")
+pipe({prompt}).images[0].save("drawn.png")
 """,
 }
 
@@ -158,6 +159,12 @@ def make_model_card(
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
+def card_for(card: ModelCard, repo_id: str) -> ModelCard:
+    """The same card with examples that open another repository."""
+    opened = r"(from_pretrained\(|model=)\"[^\"]*\""
+    return ModelCard(re.sub(opened, lambda found: f'{found[1]}"{repo_id}"', str(card)))
+
+
 def _backbone(config: Any) -> list[str]:
     """The backbone's repository, where the config names one."""
     repo_id = ((config.frozen_parts or {}).get("backbone") or {}).get("repo_id")
@@ -219,8 +226,9 @@ def _text(
     if facts.description:
         parts.append(facts.description.strip())
     parts += ["## Use"]
+    prompt, question = (json.dumps(text, ensure_ascii=False) for text in (facts.prompt, facts.question))
     for door, code in USAGE.items():
-        code = code.format(repo=repo_id, prompt=facts.prompt, question=facts.question, package="mmar")
+        code = code.format(repo=repo_id, prompt=prompt, question=question, package="mmar")
         parts.append(f"With {door}:\n\n```python\n{code}```")
     parts += ["## Model", _architecture(config, num_parameters)]
     sections = {

@@ -9,7 +9,6 @@ read from the tensors, each of which is used exactly once. The latent scale is n
 """
 
 import argparse
-import hashlib
 import json
 import pickle
 import re
@@ -24,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..modeling_mmar.frozen_parts_mmar import sha256_of
 from .folders import new_folder
 
 
@@ -251,7 +251,8 @@ def convert_kl16(checkpoint: str | Path, out: str | Path, use_ema: bool = True, 
     Raises:
         ValueError: If the file is not what it should be, or `out` holds something; nothing is left in `out` then.
     """
-    digest = _sha256(checkpoint)
+    _check_file(checkpoint)
+    digest = sha256_of(checkpoint)
     if sha256 is not None and digest != sha256.lower():
         raise ValueError(
             f"expected the SHA-256 {sha256} of {str(checkpoint)!r}; got {digest}. Download the file again, or check "
@@ -271,15 +272,6 @@ def convert_kl16(checkpoint: str | Path, out: str | Path, use_ema: bool = True, 
         "sha256": digest,
         "config": config,
     }
-
-
-def _sha256(path: str | Path) -> str:
-    _check_file(path)
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _check_file(path: str | Path) -> None:

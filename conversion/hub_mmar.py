@@ -6,6 +6,7 @@ form a circle; and from a local folder it copies only what the first file names.
 own, `ENTRY_MODULE`, which names all the others and is named by none.
 """
 
+import contextlib
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -40,6 +41,9 @@ REMOTE_MODULES = {
     "pipelines": ("pipeline_mmar", "text_to_image_mmar"),
     "processors": ("image_processing_mmar", "processing_mmar"),
 }
+
+# All weights files that a repository may have; an index without its shards would mislead.
+WEIGHTS_PATTERNS = ("model*.safetensors", "model.safetensors.index.json")
 
 # The file that model_index.json names.
 ENTRY_MODULE = "diffusers_mmar"
@@ -123,23 +127,47 @@ def push_folder(
             again by the next try.
     """
     api = HfApi(token=token)
-    try:
+    with tempfile.TemporaryDirectory() as name, _explained_errors(repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
+        needs_card = card is not None and not api.file_exists(repo_id, "README.md", revision=revision)
+        folder = Path(name)
+        with _as_it_is():
             write(folder)
-            if card is not None and not api.file_exists(repo_id, "README.md", revision=revision):
+            if needs_card:
                 card(repo_id).save(folder / "README.md")
-            return api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                commit_message=commit_message,
-                commit_description=commit_description,
-                revision=revision,
-                create_pr=create_pr,
-            )
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+            # One file or shards: what an earlier upload left of the other kind would win over this one. Only files
+            # that are not uploaded again are deleted.
+            delete_patterns=list(WEIGHTS_PATTERNS) if any(folder.glob("model*.safetensors")) else None,
+        )
+
+
+class _WriteError(Exception):
+    """Carries an error of what is uploaded past the explanations of the upload's own."""
+
+
+@contextlib.contextmanager
+def _as_it_is() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise _WriteError from error
+
+
+@contextlib.contextmanager
+def _explained_errors(repo_id: str) -> Iterator[None]:
+    try:
+        yield
+    except _WriteError as error:
+        raise error.__cause__ from None
     except HFValidationError as error:
         raise ValueError(f"`repo_id` must be 'OWNER/NAME' or 'NAME'; got {repo_id!r}.") from error
     except (HTTPError, LocalTokenNotFoundError, RuntimeError) as error:
@@ -149,9 +177,10 @@ def push_folder(
                 f"expected a token that may write to {repo_id!r}; there is none, or it may not. Pass `token`, or log "
                 "in with `hf auth login`."
             ) from error
+        reason = next(iter(str(error).strip().splitlines()), "no reason given")
         raise ValueError(
-            f"the upload to {repo_id!r} broke ({type(error).__name__}: {str(error).strip().splitlines()[0]}); nothing "
-            "was committed. Try again: large files that arrived are not sent twice."
+            f"the upload to {repo_id!r} broke ({type(error).__name__}: {reason}) before its commit was confirmed. Try "
+            "again: large files that arrived are not sent twice."
         ) from error
 
 

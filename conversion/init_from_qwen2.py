@@ -58,6 +58,9 @@ def load_preset(name: str) -> MMARConfig:
     if not (folder / "config.json").is_file():
         known = sorted(path.parent.name for path in PRESETS.glob("*/config.json"))
         raise ValueError(f"`preset` must be one of {', '.join(known)} or a folder with a config.json; got {name!r}.")
+    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if model_type != "mmar":
+        raise ValueError(f"expected an MMAR's config in {str(folder)!r}; got the model type {model_type!r}.")
     return MMARConfig.from_pretrained(folder)
 
 

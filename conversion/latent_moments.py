@@ -52,6 +52,8 @@ class LatentMoments:
     def errors(self) -> Tensor:
         """Standard errors of mean and std in units of the std, `(2, C + 1)`, float64."""
         n = self.num_pictures
+        if n < 2:
+            return torch.full((2, self._sums.shape[1]), torch.inf, dtype=torch.float64)
         mean_first, mean_second, square_first, square_second, product = self._sums / n
         variance_first = square_first - mean_first.square()
         variance_second = square_second - mean_second.square()
@@ -60,7 +62,7 @@ class LatentMoments:
         mu, std = self.mean, self.std
         variance_std = (variance_second - 4 * mu * covariance + 4 * mu.square() * variance_first) / (4 * std.square())
         variances = torch.stack([variance_first, variance_std]).clamp_min(0)
-        return (variances / max(n - 1, 1)).sqrt() / std
+        return (variances / (n - 1)).sqrt() / std
 
     def converged(self, tolerance: float) -> bool:
         """Whether all standard errors are below `tolerance` times the std."""

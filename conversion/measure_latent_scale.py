@@ -4,8 +4,9 @@ Measures the mean and std of a VAE's latents on one's pictures, and writes shift
     python -m mmar.conversion.measure_latent_scale runs/kl16 PICTURES
 
 PICTURES is a folder, a parquet file (or a folder of them) with a column of pictures, or the id of a data set of
-`datasets`. Pictures come in random order and are read until the standard errors are below the tolerance. The folder is
-that of an `AutoencoderKL` or of an MMAR; in both the scale stands in the VAE's config, and nowhere else.
+`datasets`. Pictures come in random order and are read until the standard errors are below the tolerance, or to their
+end; the report says which. The folder is that of an `AutoencoderKL` or of an MMAR; in both the scale stands in the
+VAE's config, and nowhere else.
 """
 
 import argparse
@@ -126,7 +127,7 @@ def load_vae(folder: Path) -> tuple[AutoencoderKL, dict[str, Any]]:
     state = {}
     for name in names:
         with safe_open(folder / name, framework="pt") as file:
-            state |= {key[4:]: file.get_tensor(key) for key in file.keys() if key.startswith("vae.")}
+            state |= {key.removeprefix("vae."): file.get_tensor(key) for key in file.keys() if key.startswith("vae.")}
     if not state:
         raise ValueError(
             f"expected the weights of the VAE in {str(folder)!r}; there are none, it is kept by reference. Measure "
@@ -197,6 +198,12 @@ def measure(
     return moments, broken
 
 
+def is_measured(vae: AutoencoderKL) -> bool:
+    """Whether a VAE's config holds another scale than none."""
+    config = vae.config
+    return config.scaling_factor != 1.0 or bool(config.shift_factor) or config.latents_std is not None
+
+
 def write_scale(folder: Path, config: dict[str, Any], moments: LatentMoments, mode: str) -> dict[str, Any]:
     r"""
     Writes the measured scale to a folder's config, in whole or not at all.
@@ -236,12 +243,18 @@ def main() -> None:
     parser.add_argument("--split", default="train", help="of a data set")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0, help="of the order")
+    parser.add_argument("--overwrite", action="store_true", help="replace a scale that was measured before")
     parser.add_argument("--dry_run", action="store_true", help="measure, and write nothing")
     args = parser.parse_args()
     if not 0 < args.tolerance < math.inf or args.batch_size < 1 or (args.max_pictures or 1) < 1:
         parser.error("--tolerance must be above 0, --batch_size and --max_pictures at least 1")
 
     vae, config = load_vae(args.folder)
+    if not (args.overwrite or args.dry_run) and is_measured(vae):
+        parser.error(
+            f"{args.folder} has a measured scale already, and a model trained with it would be lost; --overwrite "
+            "replaces it"
+        )
     if torch.accelerator.is_available():
         vae.to(torch.accelerator.current_accelerator())
     image_size = args.image_size or config.get("image_size") or config["sample_size"]

@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="an MMAR folder; its README.md is replaced")
     parser.add_argument("--facts", type=Path, help="YAML of what the author states")
     parser.add_argument("--evaluation", type=Path, action="append", default=[], help="an evaluation's result.json")
-    parser.add_argument("--repo_id", help="repository that the examples open; the folder's name by default")
+    parser.add_argument("--repo_id", help="repository that the examples open; the folder as given by default")
     args = parser.parse_args()
 
     config = MMARConfig.from_pretrained(args.folder)
@@ -32,7 +32,7 @@ def main() -> None:
         model = MMARForConditionalGeneration(config)
     card = make_model_card(
         config,
-        args.repo_id or args.folder.resolve().name,
+        args.repo_id or args.folder.as_posix(),
         facts,
         [read_evaluation(path) for path in args.evaluation],
         count_parameters(model),

@@ -168,11 +168,11 @@ def main() -> None:
     if torch.accelerator.is_available():
         pipe.to(torch.accelerator.current_accelerator())
     options = {name: getattr(args, name) for name in ("guidance_scale", "num_ar_steps", "num_inference_steps")}
-    given = {"num_rows": args.num_rows, **options}
+    given = {"num_rows": args.num_rows, "seed": args.seed, **options}
     result: dict[str, Any] = {"rows": len(rows), "options": options, "captions": score_captions(pipe, rows)}
     pictures = args.out / "pictures"
     result["seconds_per_picture"] = round(draw(pipe, rows, pictures, args.seed, **options), 3)
-    result["command"] = f"python -m mmar.evaluation.emoji_styles {args.model} --data {args.data} --seed {args.seed}"
+    result["command"] = f"python -m mmar.evaluation.emoji_styles {args.model} --data {args.data} --out {args.out}"
     result["command"] += "".join(f" --{name} {value}" for name, value in given.items() if value is not None)
     dataset = args.data.resolve().parent.name
     result["dataset"] = {"type": dataset, "name": dataset, "split": args.data.stem}
@@ -180,7 +180,7 @@ def main() -> None:
     # Kept, should the judge fail.
     (args.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     if args.judge is not None:
-        result["command"] += " --judge emoji_judge.py"
+        result["command"] += f" --judge {args.judge.name}"
         result["judge"] = judge(args.judge, pictures, rows)
         result["metrics"] = card_metrics(result)
         (args.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")

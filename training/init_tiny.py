@@ -21,11 +21,11 @@ from ..processors.processing_mmar import IMAGE_TOKEN, MMARProcessor
 from .data import read_rows
 
 
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", IMAGE_TOKEN]
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", IMAGE_TOKEN)
 
 
 def train_tokenizer(
-    texts: list[str], vocab_size: int, max_length: int, special_tokens: list[str] = SPECIAL_TOKENS
+    texts: list[str], vocab_size: int, max_length: int, special_tokens: tuple[str, ...] = SPECIAL_TOKENS
 ) -> PreTrainedTokenizerFast:
     """Byte-level BPE with ChatML's special tokens, trained on `texts`; any string can be encoded."""
     tokenizer = Tokenizer(models.BPE())
@@ -33,7 +33,7 @@ def train_tokenizer(
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=special_tokens,
+        special_tokens=list(special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

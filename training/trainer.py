@@ -138,6 +138,11 @@ class MMARTrainer(Trainer):
             raise ValueError(f"`args` must be MMARTrainingArguments; got {type(args).__name__}.")
         if not hasattr(model, "freeze"):
             raise ValueError(f"`model` must be an MMARForConditionalGeneration; got {type(model).__name__}.")
+        if args.train_backbone and model.config.frozen_weights == "referenced":
+            raise ValueError(
+                "`train_backbone` needs a model that holds its backbone; this one keeps it by reference. Save it with "
+                "`frozen='include'` and train that."
+            )
         model.freeze(train_backbone=args.train_backbone)
         super().__init__(model=model, args=args, **kwargs)
         if args.ema_decay > 0 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):

@@ -90,6 +90,11 @@ def make_reference(part: str, repo_id: str, folder: str | Path, revision: str | 
     }
 
 
+def is_local_reference(reference: dict[str, Any]) -> bool:
+    """Whether a reference names a folder, by its absolute path, and not a repository."""
+    return "sha256" in reference or Path(reference["repo_id"]).is_absolute()
+
+
 def weights_files(part: str, folder: Path) -> list[Path]:
     r"""
     The weights files of a part.
@@ -138,10 +143,16 @@ def fetch_part(part: str, reference: dict[str, Any], **download: Any) -> list[Pa
         ValueError: If the repository, the revision or a file is gone or out of reach, or a file has another hash.
     """
     repo_id, revision = reference["repo_id"], reference.get("revision")
+    is_local = is_local_reference(reference)
     what = f"the {part} of this model, which it names by reference, from {repo_id!r}"
     if revision is not None:
         what += f" at revision {revision}"
-    if Path(repo_id).is_dir():
+    if is_local and not Path(repo_id).is_dir():
+        raise ValueError(
+            f"expected {what}; there is no such folder here. Copy it to that place, or set "
+            f"`config.frozen_parts[{part!r}]` to where it is."
+        )
+    if is_local:
         files = weights_files(part, Path(repo_id))
         for file in files:
             expected = (reference.get("sha256") or {}).get(file.name)
@@ -165,8 +176,8 @@ def fetch_part(part: str, reference: dict[str, Any], **download: Any) -> list[Pa
         ) from error
     except HFValidationError as error:
         raise ValueError(
-            f"expected {what}; there is no such folder here. Copy it to that place, or set "
-            f"`config.frozen_parts[{part!r}]` to where it is."
+            f"expected {what}; that is neither a repository's name nor an absolute path. Set "
+            f"`config.frozen_parts[{part!r}]`."
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         raise ValueError(
@@ -243,20 +254,28 @@ def check_unchanged(state: dict[str, Tensor], parts: dict[str, dict[str, Any]], 
     Raises:
         ValueError: If a weight differs from the one that its reference names.
     """
+    given = set()
     for part, reference in parts.items():
         for file in fetch_part(part, reference, **download):
             with safe_open(file, framework="pt") as opened:
                 for source in opened.keys():
                     name = _name_in_mmar(part, source)
+                    given.add(name)
                     value = state.get(name)
-                    if value is None or value.device.type == "meta" or not value.is_floating_point():
-                        continue  # tied, offloaded or quantized: none of them was trained
+                    if value is None or value.device.type == "meta":
+                        continue  # tied, or offloaded: it was not trained
                     expected = opened.get_tensor(source).to(value.dtype)
                     if expected.shape != value.shape or not torch.equal(expected, value.detach().cpu()):
                         raise ValueError(
                             f"expected the {part} of {reference['repo_id']!r}, to be left out of what is saved; "
                             f'{name} is another. It was trained or replaced: save with `frozen="include"`.'
                         )
+
+    if left := sorted(name for name in state if part_of(name, parts) is not None and name not in given):
+        raise ValueError(
+            f"expected references that give all weights to be left out of what is saved; {len(left)} are not there, "
+            f'among them {", ".join(left[:3])}. Save with `frozen="include"`.'
+        )
 
 
 def _name_in_mmar(part: str, source: str) -> str:

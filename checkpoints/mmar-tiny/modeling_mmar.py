@@ -24,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, ModelOutput
 
-from .card_mmar import count_parameters, make_model_card
+from .card_mmar import card_for, count_parameters, make_model_card
 from .hub_mmar import export_remote_code, push_folder
 from .configuration_mmar import IGNORE_INDEX, MMARConfig
 from .diffusion_mmar import (
@@ -35,7 +35,14 @@ from .diffusion_mmar import (
     diffusion_loss,
 )
 from .embedding_vit_mmar import MMAREmbeddingViT, MMARLatentEncoder, MMARViTLinear
-from .frozen_parts_mmar import DOWNLOAD_ARGUMENTS, KEY_MAPPING, check_unchanged, joined_folder, part_of
+from .frozen_parts_mmar import (
+    DOWNLOAD_ARGUMENTS,
+    KEY_MAPPING,
+    check_unchanged,
+    is_local_reference,
+    joined_folder,
+    part_of,
+)
 from .generation_mmar import MMARImageGenerationMixin
 from .masking_mmar import cached_position_ids, image_block_ids, shared_position_ids
 from .plora_mmar import MMARQwen2Model
@@ -357,6 +364,8 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         if path is not None and not isinstance(config, PreTrainedConfig):
             config = cls.config_class.from_pretrained(path if config is None else config, **place, **download)
         if config is not None and config.frozen_weights == "referenced" and path is not None:
+            if kwargs.get("variant"):
+                raise ValueError(f"a model with parts by reference has no variants; got {kwargs['variant']!r}.")
             kwargs = {name: value for name, value in kwargs.items() if name not in place} | {
                 "key_mapping": KEY_MAPPING
             }
@@ -371,6 +380,7 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
                 f"missing, among them {', '.join(missing[:3])}. Check that the config belongs to these weights and "
                 "that they were written whole."
             )
+        model._download_arguments = download
         # Loading makes new parameters, which are trainable.
         model.freeze()
         return (model, info) if output_loading_info else model
@@ -412,6 +422,12 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         weights = [Path(save_directory) / name for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
         before = [path.stat() if path.is_file() else None for path in weights]
         with self._frozen_as(frozen):
+            for part, reference in (self.config.frozen_parts or {}).items():
+                if Path(reference["repo_id"]).resolve() == Path(save_directory).resolve():
+                    raise ValueError(
+                        f"expected another folder than {str(save_directory)!r}, which `config.frozen_parts` names as "
+                        f"the {part}: it would be overwritten."
+                    )
             if self.config.frozen_weights == "referenced":
                 kwargs["state_dict"] = self._trained_state(kwargs.get("state_dict"), is_main_process)
             super().save_pretrained(
@@ -479,15 +495,23 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             self._check_shareable()
             try:
                 # Where a part lay on this machine is nobody's business.
-                shared = {part: entry for part, entry in (parts or {}).items() if not Path(entry["repo_id"]).is_dir()}
+                shared = {part: entry for part, entry in (parts or {}).items() if not is_local_reference(entry)}
                 self.config.frozen_parts = shared or None
                 return push_folder(write, repo_id, lambda name: self.model_card(name, tags), **kwargs)
             finally:
                 self.config.frozen_parts = parts
 
     def model_card(self, repo_id: str, tags: list[str] | None = None) -> ModelCard:
-        """A card of what the model itself tells; `python -m mmar.conversion.model_card` makes a fuller one."""
-        card = make_model_card(self.config, repo_id, num_parameters=count_parameters(self))
+        """
+        The card of the folder that the model was loaded from, with its notices, for another repository; without one, a
+        card of what the model itself tells. `python -m mmar.conversion.model_card` makes a fuller one.
+        """
+        readme = Path(self.name_or_path) / "README.md"
+        if self.name_or_path and readme.is_file():
+            card = card_for(ModelCard.load(readme), repo_id)
+        else:
+            card = make_model_card(self.config, repo_id, num_parameters=count_parameters(self))
+        card.data.tags = list(card.data.tags or [])
         card.data.tags += [tag for tag in tags or [] if tag not in card.data.tags]
         return card
 
@@ -495,7 +519,7 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         """Raises a `ValueError` if the model, as it would be saved, needs a local folder."""
         if self.config.frozen_weights == "referenced":
             for part, reference in self.config.frozen_parts.items():
-                if Path(reference["repo_id"]).is_dir():
+                if is_local_reference(reference):
                     raise ValueError(
                         f"expected the {part} in a repository that others can read; `config.frozen_parts[{part!r}]` "
                         f"is the local folder {reference['repo_id']!r}. Upload it and name it, or push with "
@@ -523,10 +547,17 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
 
     def _trained_state(self, state: dict[str, Tensor] | None, is_main_process: bool) -> dict[str, Tensor]:
         """The weights that no reference gives, once those that are left out are known to be what it names."""
+        if getattr(self, "hf_quantizer", None) is not None:
+            raise ValueError(
+                "a quantized model cannot be saved by reference, its backbone is not the one that the reference "
+                "names; save PLoRA with `mmar.conversion.plora_peft`, or the model with `frozen='include'`."
+            )
         state = self.state_dict() if state is None else state
         parts = self.config.frozen_parts
+        if self.config.tie_word_embeddings:
+            state = {name: value for name, value in state.items() if name not in self._tied_weights_keys}
         if is_main_process:
-            check_unchanged(state, parts)
+            check_unchanged(state, parts, **getattr(self, "_download_arguments", {}))
         return {name: value for name, value in state.items() if part_of(name, parts) is None}
 
     def freeze(self, train_backbone: bool = False) -> None:

@@ -5,7 +5,7 @@ import contextlib
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -50,8 +50,9 @@ class Hub:
             self.repos[name] = Repo({COMMIT: contents}, {"main": COMMIT})
         return self.repos.get(name)
 
-    def commit(self, repo: Repo, branch: str, changes: dict[str, bytes]) -> str:
+    def commit(self, repo: Repo, branch: str, changes: dict[str, bytes], deleted: Sequence[str] = ()) -> str:
         files = dict(repo.commits.get(repo.branches.get(branch, ""), {})) | changes
+        files = {name: data for name, data in files.items() if name not in deleted}
         text = repr(sorted((name, hashlib.sha1(data).hexdigest()) for name, data in files.items()))
         commit = hashlib.sha1(f"{len(repo.commits)}{text}".encode()).hexdigest()
         repo.commits[commit] = dict(sorted(files.items()))
@@ -204,7 +205,7 @@ class _Handler(BaseHTTPRequestHandler):
         if branch not in repo.branches:
             self._send(404, b"", {"X-Error-Code": "RevisionNotFound"})
             return
-        changes = {}
+        changes, deleted = {}, []
         for line in body.splitlines():
             entry = json.loads(line)
             value = entry["value"]
@@ -212,7 +213,9 @@ class _Handler(BaseHTTPRequestHandler):
                 changes[value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":
                 changes[value["path"]] = self.hub.blobs[value["oid"]]
-        commit = self.hub.commit(repo, branch, changes)
+            elif entry["key"] == "deletedFile":
+                deleted.append(value["path"])
+        commit = self.hub.commit(repo, branch, changes, deleted)
         self._json({"commitUrl": f"http://{self.headers['Host']}/{name}/commit/{commit}", "commitOid": commit})
 
     # ------------------------------------------------------------------------------------------------- answering

@@ -83,7 +83,7 @@ def test_weights_are_uploaded_once(pushed, hub):
     assert len(hub.uploads) == len(set(hub.uploads)) == 1
 
 
-def test_card_is_made_and_not_overwritten(pushed, hub):
+def test_card_is_made(pushed, hub):
     repo = hub.repos["me/pipe.v1"]
     card = ModelCard(repo.commits[pushed[0]]["README.md"].decode())
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "any-to-any"
@@ -94,7 +94,6 @@ def test_card_is_made_and_not_overwritten(pushed, hub):
     files = parts.commits[parts.branches["main"]]
     assert "squares" in ModelCard(files["README.md"].decode()).data.tags
     assert {"model.safetensors", "config.json", "processor_config.json", "tokenizer.json"} <= set(files)
-    assert b"edited" not in files["README.md"]
 
 
 def test_revisions_and_private_repositories(pushed, url, home, hub_root):
@@ -177,7 +176,7 @@ result = raised(lambda: pipe.push_to_hub("me/broken", max_shard_size="200KB"))
         kind, message = run_fresh(push, home, url, TOKEN)
     finally:
         hub.break_after = None
-    assert kind == "ValueError" and "nothing was committed. Try again" in message
+    assert kind == "ValueError" and "Try again" in message
     assert len(hub.uploads) == before + 1
     assert list(hub.repos["me/broken"].commits[hub.repos["me/broken"].branches["main"]]) == [".gitattributes"]
     assert run_fresh(push, home, url, TOKEN)[0] == "nothing"
@@ -197,3 +196,45 @@ def test_each_example_of_the_card_runs(pushed, hub, url, tmp_path, installed):
     code = code.replace("return_full_text=False)", "return_full_text=False, max_new_tokens=3)")
     run_fresh(f"{code}\nfrom PIL import Image\nresult = Image.open('drawn.png').size", tmp_path, url, TOKEN, installed)
     assert (tmp_path / "drawn.png").is_file()
+
+
+def test_shards_replace_one_file_and_an_edited_card_stays(hub, url, home, hub_root):
+    push = f"""
+from mmar import MMARPipeline
+pipe = MMARPipeline.from_pretrained({str(hub_root / REPO)!r})
+result = pipe.push_to_hub("me/resharded", max_shard_size=SIZE).oid
+"""
+    run_fresh(push.replace("SIZE", "None"), home, url, TOKEN)
+    repo = hub.repos["me/resharded"]
+    edited = b"---\nlicense: mit\n---\nedited"
+    hub.commit(repo, "main", {"README.md": edited})
+    oid = run_fresh(push.replace("SIZE", "'200KB'"), home, url, TOKEN)
+    files = repo.commits[oid]
+    assert files["README.md"] == edited
+    assert "model.safetensors" not in files and "model.safetensors.index.json" in files
+    oid = run_fresh(push.replace("SIZE", "None"), home, url, TOKEN)
+    weights = [name for name in repo.commits[oid] if name.startswith("model") and "safetensors" in name]
+    assert weights == ["model.safetensors"]
+
+
+def test_card_of_the_folder_goes_along(hub, url, home, hub_root):
+    """With its licence and notices, and examples that open the new repository."""
+    result = run_fresh(
+        f"""
+import pathlib
+from mmar import MMARPipeline
+from mmar.conversion.card_mmar import MMARCardFacts, make_model_card, write_model_card
+pipe = MMARPipeline.from_pretrained({str(hub_root / REPO)!r})
+pipe.save_pretrained("with_card")
+facts = MMARCardFacts(license="cc-by-sa-4.0", license_notice="Keep this.", prompt='a "red" square')
+write_model_card("with_card", make_model_card(pipe.model.config, "with_card", facts))
+result = MMARPipeline.from_pretrained("with_card").push_to_hub("me/card").oid
+""",
+        home,
+        url,
+        TOKEN,
+    )
+    card = ModelCard(hub.repos["me/card"].commits[result]["README.md"].decode())
+    assert card.data.license == "cc-by-sa-4.0" and "Keep this." in card.text
+    assert '"me/card"' in card.text and '"with_card"' not in card.text
+    assert 'pipe("a \\"red\\" square"' in card.text

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 from parts import make_preset, make_qwen2, make_vae
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
 from mmar import MMARForConditionalGeneration, MMARPipeline, MMARProcessor
@@ -162,6 +162,30 @@ def test_nothing_trained_is_left_out(referenced, tmp_path):
     assert torch.equal(again.get_parameter(name), model.get_parameter(name))
 
 
+def test_a_part_is_not_overwritten(folders, tmp_path):
+    shutil.copytree(folders / "qwen2", tmp_path / "qwen2")
+    init(folders, tmp_path / "mmar", backbone=str(tmp_path / "qwen2"))
+    before = files_of(tmp_path / "qwen2")
+    model = MMARForConditionalGeneration.from_pretrained(tmp_path / "mmar")
+    for frozen in ("reference", "include"):
+        with pytest.raises(ValueError, match="names as the backbone: it would be overwritten"):
+            model.save_pretrained(tmp_path / "qwen2", frozen=frozen)
+    assert files_of(tmp_path / "qwen2") == before
+
+
+def test_weights_that_no_reference_gives_are_not_left_out(folders, tmp_path):
+    """An untied head over a reference whose head is tied."""
+    make_qwen2(tmp_path / "untied", tie_word_embeddings=False)
+    init(folders, tmp_path / "mmar", backbone=str(tmp_path / "untied"))
+    model = MMARForConditionalGeneration.from_pretrained(tmp_path / "mmar")
+    with safe_open(tmp_path / "untied" / "model.safetensors", framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys() if name != "lm_head.weight"}
+    save_file(tensors, tmp_path / "untied" / "model.safetensors", metadata={"format": "pt"})
+    del model.config.frozen_parts["backbone"]["sha256"]
+    with pytest.raises(ValueError, match="1 are not there, among them lm_head.weight"):
+        model.save_pretrained(tmp_path / "out", frozen="reference")
+
+
 def test_broken_references(referenced, folders, tmp_path):
     def folder_with(part, reference):
         folder = tmp_path / f"{part}{len(list(tmp_path.iterdir()))}"
@@ -172,7 +196,7 @@ def test_broken_references(referenced, folders, tmp_path):
         return folder
 
     gone = folder_with("backbone", {"repo_id": str(tmp_path / "nowhere")})
-    with pytest.raises(ValueError, match="the backbone of this model.*nowhere.*no such folder"):
+    with pytest.raises(ValueError, match="the backbone of this model.*nowhere.*no such folder here"):
         MMARForConditionalGeneration.from_pretrained(gone)
     shutil.copytree(folders / "vae", tmp_path / "vae")
     reference = json.loads((referenced / "config.json").read_text())["frozen_parts"]["vae"]
@@ -268,6 +292,11 @@ def test_bad_parts_leave_nothing(folders, tmp_path, monkeypatch, case, message):
 def test_presets_are_found():
     assert load_preset("mmar-7b").plora_rank == 1280
     assert load_preset("mmar-0.5b").text_config.hidden_size == 896
+
+
+def test_preset_must_be_an_mmar(folders):
+    with pytest.raises(ValueError, match="expected an MMAR's config in .*got the model type 'qwen2'"):
+        load_preset(str(folders / "qwen2"))
 
 
 @pytest.mark.skipif(not QWEN2_FILES.is_dir(), reason="needs the real tokenizer files of shared/")

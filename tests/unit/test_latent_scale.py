@@ -154,7 +154,10 @@ def test_stops_when_converged_or_told(vae_folder, tmp_path, monkeypatch, capsys)
     report = run(monkeypatch, capsys, vae_folder, folder, "--tolerance", 0.3, "--image_size", 8)
     assert report["converged"] and MIN_PICTURES <= report["pictures"] < 120
     assert report["standard_error"] < 0.3
-    report = run(monkeypatch, capsys, vae_folder, folder, "--max_pictures", 21, "--image_size", 8)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, capsys, vae_folder, folder, "--image_size", 8)
+    assert "--overwrite replaces it" in capsys.readouterr().err
+    report = run(monkeypatch, capsys, vae_folder, folder, "--max_pictures", 21, "--image_size", 8, "--overwrite")
     assert report["pictures"] == 21 and not report["converged"]
 
 
