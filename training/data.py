@@ -2,21 +2,23 @@
 Training data: rows with a picture, captions and question-answer pairs -> batches of the three tasks (Sec. 3.3.3).
 
 A row is a dict with `image` (bytes, PIL picture or path), `captions` (list of str), `questions` and `answers` (lists
-of str, pair by pair). Each time a row is drawn it becomes one of
+of str, pair by pair). Two more lists may go with the answers, pair by pair: `depends_on`, the kind of views (views.py)
+that an answer holds for, and `swaps`, the part of an answer that names the content, or None. Each time a row is drawn
+it becomes one of
 
     t2i     caption, then the picture with a random part hidden: P(I|T)
     i2t     the whole picture and a question, then the answer: P(T|I)
     uncond  the null prompt, then the picture with a random part hidden: P(I)
 """
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import torch
-from PIL import Image, ImageEnhance
+from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
@@ -26,10 +28,7 @@ from ..modeling_mmar.configuration_mmar import IGNORE_INDEX
 from ..modeling_mmar.masking_mmar import sample_latent_mask
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from ..processors.processing_mmar import TASKS, MMARProcessor
-
-
-# Bounds of `distort`: degrees, and shares of the size, the picture's width and height, and the ink.
-MAX_ANGLE, MAX_SCALE, MAX_SHIFT, MAX_LIGHT = 15.0, 0.2, 0.08, 0.15
+from .views import KINDS, distort, mix_style, restyle
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
@@ -81,6 +80,15 @@ def _check_row(row: dict[str, Any], name: str) -> None:
             f"{name} must have one answer per question; got {len(row['questions'])} questions and "
             f"{len(row['answers'])} answers."
         )
+    for column, legal in (("depends_on", f"one of {', '.join(KINDS)}"), ("swaps", "a part of the answer, or null")):
+        if row.get(column) is None:
+            continue
+        values = row[column]
+        good = isinstance(values, list) and len(values) == len(row["answers"])
+        for value, answer in zip(values, row["answers"], strict=True) if good else ():
+            good &= value in KINDS if column == "depends_on" else value is None or (bool(value) and value in answer)
+        if not good:
+            raise ValueError(f"{name} must have `{column}` with, for each answer, {legal}; got {values!r}.")
 
 
 def _check_texts(row: dict[str, Any], processor: MMARProcessor, index: int) -> None:
@@ -94,36 +102,22 @@ def _check_texts(row: dict[str, Any], processor: MMARProcessor, index: int) -> N
         raise ValueError(f"row {index}: {error}") from error
 
 
-def distort(picture: Image.Image) -> Image.Image:
-    """A moved, turned and scaled picture on white of other colour strength, from torch's global generator."""
-    width, height = picture.size
-    angle, scale, right, down, light = (torch.rand(5) * 2 - 1).tolist()
-    angle, scale = math.radians(MAX_ANGLE * angle), 1 / (1 + MAX_SCALE * scale)
-    # Where the picture's middle goes to, and where it comes from.
-    to_x, to_y = width * (0.5 + MAX_SHIFT * right), height * (0.5 + MAX_SHIFT * down)
-    from_x, from_y = width / 2, height / 2
-    cos, sin = math.cos(angle) * scale, math.sin(angle) * scale
-    matrix = (cos, sin, from_x - cos * to_x - sin * to_y, -sin, cos, from_y + sin * to_x - cos * to_y)
-    moved = picture.transform(
-        picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor="white"
-    )
-    # Grey in an eighth of the copies, colours as they are in a quarter, paler between: names hold without colour.
-    moved = ImageEnhance.Color(moved).enhance(min(1.0, max(0.0, 1.6 * float(torch.rand(())) - 0.2)))
-    return moved.point(lambda value: 255 - (255 - value) * (1 + MAX_LIGHT * light))
-
-
 class MMARLatentDataset(Dataset):
     r"""
-    Rows whose pictures were encoded once: the posterior's mean and std of the picture and of distorted copies.
+    Rows whose pictures were encoded once: the posterior's mean and std of the picture and of its views.
 
-    The distorted copies widen the pictures that understanding sees; generation always learns the picture itself.
+    The views widen the pictures that understanding sees; generation always learns the picture itself.
 
     Args:
         rows (`list[dict]`): As `read_rows` gives them.
         model (`MMARForConditionalGeneration`): Its frozen VAE encodes.
         processor (`MMARProcessor`): Its image processor reads.
-        num_copies (`int`, *optional*, defaults to 0): Distorted copies per picture.
+        num_copies (`int`, *optional*, defaults to 0): Views of each kind per picture.
         batch_size (`int`, *optional*, defaults to 64): Pictures per VAE pass.
+
+    Attributes:
+        latents (`dict[str, torch.HalfTensor]`): Per kind of `KINDS` that the rows have, mean and std of shape
+            `(R, copies, 2, C, h, w)`; the first of `"picture"` is the picture itself.
     """
 
     def __init__(
@@ -141,28 +135,40 @@ class MMARLatentDataset(Dataset):
         self.rows = [{key: value for key, value in row.items() if key != "image"} for row in rows]
         for index, row in enumerate(self.rows):
             _check_texts(row, processor, index)
-        means, stds = [], []
-        for copy in range(num_copies + 1):
-            for start in tqdm(range(0, len(rows), batch_size), desc=f"latents {copy + 1}/{num_copies + 1}", delay=2):
+        # A style is told by the answer that hangs on it.
+        styles = [dict(zip(row.get("depends_on") or (), row["answers"], strict=False)).get("style") for row in rows]
+        kinds = {kind for row in rows for kind in row.get("depends_on") or ()}
+
+        def encode(change: Callable[[Image.Image], Image.Image] | None, name: str) -> Tensor:
+            # (R, 2, C, h, w); half precision is far finer than the posterior's std.
+            encoded = []
+            for start in tqdm(range(0, len(rows), batch_size), desc=name, delay=2):
                 pictures = processor.image_processor.fetch_images(
                     [row["image"] for row in rows[start : start + batch_size]]
                 )
-                if copy > 0:
-                    pictures = [distort(picture.convert("RGB")) for picture in pictures]
+                if change is not None:
+                    pictures = [change(picture.convert("RGB")) for picture in pictures]
                 pixel_values = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
-                mean, std = model.encode_image_distributions(pixel_values.to(model.device))
-                means.append(mean.cpu())
-                stds.append(std.cpu())
-        # (copies * rows, C, h, w) -> (rows, copies, C, h, w)
-        shape = (num_copies + 1, len(rows), *means[0].shape[1:])
-        self.means = torch.cat(means).view(shape).transpose(0, 1).contiguous()
-        self.stds = torch.cat(stds).view(shape).transpose(0, 1).contiguous()
+                distribution = model.encode_image_distributions(pixel_values.to(model.device))
+                encoded.append(torch.stack([part.cpu().half() for part in distribution], dim=1))
+            return torch.cat(encoded)
+
+        banks: dict[str, list[Tensor]] = {"picture": [encode(None, "latents")]}
+        for copy in range(num_copies):
+            name = f"views {copy + 1}/{num_copies}"
+            moved = encode(distort, name)
+            banks["picture"].append(moved)
+            if "content" in kinds:
+                banks.setdefault("content", []).append(encode(lambda picture: distort(restyle(picture)), name))
+            if "style" in kinds:
+                banks.setdefault("style", []).append(mix_style(moved, styles))
+        self.latents = {kind: torch.stack(bank, dim=1) for kind, bank in banks.items()}
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.rows[index], "latent_means": self.means[index], "latent_stds": self.stds[index]}
+        return {**self.rows[index], "latents": {kind: bank[index] for kind, bank in self.latents.items()}}
 
 
 @dataclass
@@ -177,23 +183,29 @@ class MMARDataCollator:
             (suppl. Sec. 6.1).
         mask_ratio_min (`float`, *optional*, defaults to 0.7): Lower bound of the mask ratio; 0.7 in stage 1, 0 later
             (Sec. 3.3.3).
+        swap_rate (`float`, *optional*, defaults to 0.0): Share of the answers with a swap that get another row's
+            content in its place. Only what follows the swap is then learned: what is said of the style must come from
+            the picture, and not from a name that was seen in some styles only.
     """
 
     processor: MMARProcessor
     num_latents: int
     task_weights: tuple[float, float, float] = (0.5, 0.45, 0.05)
     mask_ratio_min: float = 0.7
+    swap_rate: float = 0.0
 
     def __post_init__(self):
         if len(self.task_weights) != len(TASKS):
             raise ValueError(
                 f"`task_weights` must be one number per task, {', '.join(TASKS)}; got {self.task_weights}."
             )
+        if not 0 <= self.swap_rate <= 1:
+            raise ValueError(f"`swap_rate` must be in [0, 1]; got {self.swap_rate!r}.")
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         r"""
         Args:
-            rows (`list[dict]`): Rows of `MMARLatentDataset`, or rows with `image`.
+            rows (`list[dict]`): Rows of `MMARLatentDataset`, or rows with `image`. Swaps come from these rows.
 
         Returns:
             `dict` with `input_ids`, `attention_mask`, `labels` `(B, L)`, left padded; `latents` `(B, C, h, w)` or
@@ -203,19 +215,20 @@ class MMARDataCollator:
         tasks = torch.multinomial(weights, len(rows), replacement=True).tolist()
         examples, latents, pictures = [], [], []
         latent_mask = sample_latent_mask(len(rows), self.num_latents, self.mask_ratio_min)
+        contents = [swap for row in rows for swap in row.get("swaps") or () if swap is not None]
         for i, (row, task_index) in enumerate(zip(rows, tasks, strict=True)):
-            task = TASKS[task_index]
+            task, kind = TASKS[task_index], "picture"
             if task == "i2t":
-                pair = int(torch.randint(len(row["questions"]), ()))
-                example = self.processor.training_example(task, row["answers"][pair], row["questions"][pair])
+                example, kind = self._answer(row, contents)
                 latent_mask[i] = False
             else:
                 caption = row["captions"][int(torch.randint(len(row["captions"]), ()))]
                 example = self.processor.training_example(task, caption)
             examples.append(example)
-            if "latent_means" in row:
-                copy = int(torch.randint(len(row["latent_means"]), ())) if task == "i2t" else 0
-                mean, std = row["latent_means"][copy], row["latent_stds"][copy]
+            if "latents" in row:
+                views = row["latents"].get(kind, row["latents"]["picture"])
+                copy = int(torch.randint(len(views), ())) if task == "i2t" else 0
+                mean, std = views[copy].float()
                 latents.append(mean + std * torch.randn(mean.shape))
             else:
                 pictures.append(row["image"])
@@ -233,6 +246,22 @@ class MMARDataCollator:
         else:
             batch["pixel_values"] = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
         return batch
+
+    def _answer(self, row: dict[str, Any], contents: list[str]) -> tuple[dict[str, list[int]], str]:
+        """One of a row's answers, at times with another's content in it, and the kind of views that it holds for."""
+        pair = int(torch.randint(len(row["questions"]), ()))
+        question, answer = row["questions"][pair], row["answers"][pair]
+        kind = row["depends_on"][pair] if row.get("depends_on") else "picture"
+        swap = row["swaps"][pair] if row.get("swaps") else None
+        if swap is None or torch.rand(()) >= self.swap_rate:
+            return self.processor.training_example("i2t", answer, question), kind
+        before, _, after = answer.partition(swap)
+        given = before + contents[int(torch.randint(len(contents), ()))]
+        example = self.processor.training_example("i2t", given + after, question)
+        start = next(i for i, label in enumerate(example["labels"]) if label != IGNORE_INDEX)
+        num_given = len(self.processor.tokenizer(given, add_special_tokens=False)["input_ids"])
+        labels = [IGNORE_INDEX] * (start + num_given) + example["labels"][start + num_given :]
+        return {"input_ids": example["input_ids"], "labels": labels}, "style"
 
 
 def _pad(sequences: list[list[int]], value: int) -> Tensor:

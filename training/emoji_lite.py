@@ -16,6 +16,8 @@ import pyarrow.parquet as pq
 
 COLUMNS = ["image", "captions", "label", "style", "hexcode", "family", "sibling_in_train", "split", "license"]
 QUESTIONS = {"caption": "Describe the image.", "name": "What is it?", "style": "Which style?"}
+# What the answers to these hang on (views.py).
+DEPENDS_ON = ["picture", "content", "style"]
 
 
 def build(source: Path, out: Path) -> dict[str, int]:
@@ -48,6 +50,9 @@ def build(source: Path, out: Path) -> dict[str, int]:
         ]
         table = table.append_column("questions", [[list(QUESTIONS.values())] * table.num_rows])
         table = table.append_column("answers", [answers])
+        table = table.append_column("depends_on", [[DEPENDS_ON] * table.num_rows])
+        swaps = [[label, None, None] for label in table.column("label").to_pylist()]
+        table = table.append_column("swaps", [swaps])
         cells[split] = set(zip(table.column("label").to_pylist(), table.column("style").to_pylist(), strict=True))
         pq.write_table(table, out / f"{split}.parquet", compression="zstd")
         rows[split] = table.num_rows

@@ -36,7 +36,8 @@ class DataArguments:
         default_factory=lambda: [0.5, 0.45, 0.05], metadata={"help": "of text to image, image to text, unconditional"}
     )
     mask_ratio_min: float = field(default=0.7, metadata={"help": "lower bound of the mask ratio"})
-    num_copies: int = field(default=0, metadata={"help": "distorted copies of each picture for image to text"})
+    num_copies: int = field(default=0, metadata={"help": "views of each picture and kind for image to text"})
+    swap_rate: float = field(default=0.0, metadata={"help": "share of answers with another row's content in them"})
     diffusion_batch_mul: int = field(default=4, metadata={"help": "timesteps drawn per z"})
     attn_implementation: str = field(default="sdpa", metadata={"help": "attention of transformers to train with"})
     resume: bool = field(default=True, metadata={"help": "go on from the last checkpoint in output_dir"})
@@ -52,6 +53,8 @@ class DataArguments:
         self.task_weights = [float(weight) for weight in weights]
         if not 0 <= self.mask_ratio_min < 1:
             raise ValueError(f"`mask_ratio_min` must be in [0, 1); got {self.mask_ratio_min!r}.")
+        if not 0 <= self.swap_rate <= 1:
+            raise ValueError(f"`swap_rate` must be in [0, 1]; got {self.swap_rate!r}.")
         for name, minimum in (("num_copies", 0), ("diffusion_batch_mul", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < minimum:
@@ -134,7 +137,11 @@ def main() -> None:
     processor = MMARProcessor.from_pretrained(data_args.model)
     dataset = MMARLatentDataset(read_rows(data_args.data), model, processor, data_args.num_copies)
     collator = MMARDataCollator(
-        processor, model.config.num_latents, tuple(data_args.task_weights), data_args.mask_ratio_min
+        processor,
+        model.config.num_latents,
+        tuple(data_args.task_weights),
+        data_args.mask_ratio_min,
+        data_args.swap_rate,
     )
     trainer = MMARTrainer(
         model=model, args=args, train_dataset=dataset, data_collator=collator, processing_class=processor

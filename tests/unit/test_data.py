@@ -9,7 +9,7 @@ from PIL import Image
 from squares import make_processor, make_rows
 
 from mmar.modeling_mmar.configuration_mmar import IGNORE_INDEX
-from mmar.training.data import MMARDataCollator, MMARLatentDataset, distort, read_rows
+from mmar.training.data import MMARDataCollator, MMARLatentDataset, read_rows
 
 
 @pytest.fixture
@@ -75,24 +75,72 @@ def test_cached_latents_are_those_of_the_model(processor):
     dataset = MMARLatentDataset(rows, model, processor, num_copies=2, batch_size=3)
     pixel_values = processor.image_processor([Image.open(io.BytesIO(r["image"])) for r in rows], return_tensors="pt")
     expected = model.encode_images(pixel_values["pixel_values"])
-    # Batches of other sizes round differently.
-    torch.testing.assert_close(dataset.means[:, 0], expected, atol=1e-5, rtol=1e-5)
-    assert dataset.means.shape == (4, 3, 4, 4, 4)
+    assert dataset.latents.keys() == {"picture"}
+    assert dataset.latents["picture"].shape == (4, 3, 2, 4, 4, 4)
+    mean, std = dataset.latents["picture"][:, 0].float().unbind(1)
+    # Kept in half precision.
+    torch.testing.assert_close(mean, expected, atol=1e-3, rtol=1e-3)
     torch.manual_seed(0)
     batch = collate(processor, (1.0, 0.0, 0.0), [dataset[i] for i in range(4)])
-    deviation = (batch["latents"] - expected).abs() / dataset.stds[:, 0]
+    deviation = (batch["latents"] - expected).abs() / std
     assert 0.1 < deviation.mean() < 1.5  # E|normal| = 0.8: the posterior is sampled
     assert "pixel_values" not in batch
 
 
-def test_distort_keeps_size_and_white_background():
+def styled_rows():
+    """The four squares, red or blue, with answers of each kind: rows 0 and 1 are of one style, 2 and 3 of another."""
+    rows = make_rows()
+    for index, row in enumerate(rows):
+        style = "flat" if index < 2 else "bold"
+        row["questions"] = ["Describe.", "What?", "Which style?"]
+        row["answers"] = [f"a {row['answers'][0]} thing in {style}", row["answers"][0], style]
+        row["depends_on"] = ["picture", "content", "style"]
+        row["swaps"] = [row["answers"][1], None, None]
+    return rows
+
+
+def test_each_answer_is_shown_its_kind_of_views(processor):
+    dataset = MMARLatentDataset(styled_rows(), tiny_model(), processor, num_copies=3)
+    assert {kind: len(bank[0]) for kind, bank in dataset.latents.items()} == {"picture": 4, "content": 3, "style": 3}
+    rows = [dataset[i] for i in range(4)] * 8
+    for number, kind in enumerate(("picture", "content", "style"), start=1):
+        for row in rows:
+            row["latents"] = {**row["latents"], kind: torch.full_like(dataset.latents[kind][0], number)}
+    for row in rows:
+        row["latents"] = {kind: torch.stack([bank[:, 0], 0 * bank[:, 1]], 1) for kind, bank in row["latents"].items()}
     torch.manual_seed(0)
-    picture = Image.new("RGB", (32, 32), "white")
-    picture.paste("red", (12, 12, 20, 20))
-    moved = distort(picture)
-    assert moved.size == (32, 32)
-    assert moved.getpixel((0, 0)) == (255, 255, 255)
-    assert moved.tobytes() != picture.tobytes()
+    batch = collate(processor, (0.0, 1.0, 0.0), rows)
+    seen = set()
+    for row, labels, latents in zip(rows, batch["labels"], batch["latents"], strict=True):
+        answer = text_of(processor, labels[labels != IGNORE_INDEX]).removesuffix("<|im_end|>")
+        pair = row["answers"].index(answer)
+        seen.add(pair)
+        assert (latents == pair + 1).all()
+    assert seen == {0, 1, 2}
+
+
+def test_swapped_answers_teach_only_what_follows(processor):
+    rows = MMARLatentDataset(styled_rows(), tiny_model(), processor)
+    rows = [{**rows[i], "questions": ["Describe."]} for i in range(4)]
+    collator = MMARDataCollator(processor, 16, (0.0, 1.0, 0.0), swap_rate=1.0)
+    torch.manual_seed(0)
+    batch = collator(rows * 40)
+    contents = set()
+    for row, ids, labels in zip(rows * 40, batch["input_ids"], batch["labels"], strict=True):
+        style = row["answers"][2]
+        learned = labels != IGNORE_INDEX
+        assert torch.equal(labels[learned], ids[learned])
+        assert text_of(processor, ids[learned]) == f" thing in {style}<|im_end|>"
+        written = text_of(processor, ids).split("assistant\n")[1]
+        contents.add((row["swaps"][0], written.split()[1]))
+    # Any name stands before any picture's style, its own too.
+    names = {row["swaps"][0] for row in rows}
+    assert contents == {(own, other) for own in names for other in names}
+    collator.swap_rate = 0.0
+    for row, labels in zip(rows, collator(rows)["labels"], strict=True):
+        assert text_of(processor, labels[labels != IGNORE_INDEX]) == row["answers"][0] + "<|im_end|>"
+    with pytest.raises(ValueError, match="`swap_rate` must be in \\[0, 1\\]; got 2"):
+        MMARDataCollator(processor, 16, swap_rate=2)
 
 
 def test_read_rows_names_missing_columns(tmp_path):
@@ -110,10 +158,14 @@ def test_read_rows_names_missing_columns(tmp_path):
         ("answers", ["red"], "one answer per question; got 2 questions and 1 answers"),
         ("captions", "a red square", "row 1 of a.parquet must have `captions` as a list of strings"),
         ("image", b"", "must hold its picture's file"),
+        ("depends_on", ["picture", "mood"], "`depends_on` with, for each answer, one of picture, content, style"),
+        ("depends_on", ["picture"], "`depends_on` with, for each answer, one of picture, content, style; got"),
+        ("swaps", ["yellow", None], "`swaps` with, for each answer, a part of the answer, or null; got"),
+        ("swaps", ["", None], "`swaps` with, for each answer, a part of the answer, or null; got"),
     ],
 )
 def test_read_rows_refuses_bad_rows(tmp_path, column, value, message):
-    rows = make_rows()
+    rows = [{column: None, **row} for row in make_rows()]
     rows[1][column] = value
     rows = [{**row, "image": {"bytes": row["image"], "path": None}} for row in rows]
     if column == "captions" and isinstance(value, str):

@@ -1,0 +1,118 @@
+"""
+Views of a picture for image to text: changed pictures for which an answer still holds.
+
+Each answer of a row hangs on one of `KINDS`, and each kind has its views:
+
+    picture     on all of it: the picture itself, and moved
+    content     on what is shown, in whatever style: moved, and redrawn
+    style       on how it is drawn, whatever is shown: tokens of several pictures of one style
+
+All draw from torch's global generator.
+"""
+
+import math
+
+import torch
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from torch import Tensor
+
+
+KINDS = ("picture", "content", "style")
+# Bounds of `distort`: degrees, and shares of the size, the picture's width and height, and the ink.
+MAX_ANGLE, MAX_SCALE, MAX_SHIFT, MAX_LIGHT = 20.0, 0.3, 0.12, 0.2
+# `mix_style` keeps at most this share of a picture's own tokens.
+MAX_OWN_SHARE = 0.7
+
+
+def _uniform(low: float, high: float) -> float:
+    return low + (high - low) * float(torch.rand(()))
+
+
+def distort(picture: Image.Image) -> Image.Image:
+    r"""
+    A moved, turned and scaled picture on white, of other colour strength: what it shows and how stays.
+
+    Args:
+        picture (`PIL.Image.Image`): RGB on white.
+
+    Returns:
+        `PIL.Image.Image` of the same size.
+    """
+    width, height = picture.size
+    angle, scale, right, down, light = (torch.rand(5) * 2 - 1).tolist()
+    angle, scale = math.radians(MAX_ANGLE * angle), 1 / (1 + MAX_SCALE * scale)
+    # Where the picture's middle goes to, and where it comes from.
+    to_x, to_y = width * (0.5 + MAX_SHIFT * right), height * (0.5 + MAX_SHIFT * down)
+    from_x, from_y = width / 2, height / 2
+    cos, sin = math.cos(angle) * scale, math.sin(angle) * scale
+    matrix = (cos, sin, from_x - cos * to_x - sin * to_y, -sin, cos, from_y + sin * to_x - cos * to_y)
+    moved = picture.transform(
+        picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor="white"
+    )
+    # Grey in an eighth of the copies, colours as they are in a quarter, paler between: names hold without colour.
+    moved = ImageEnhance.Color(moved).enhance(min(1.0, max(0.0, _uniform(-0.2, 1.4))))
+    return moved.point(lambda value: 255 - (255 - value) * (1 + MAX_LIGHT * light))
+
+
+def restyle(picture: Image.Image) -> Image.Image:
+    r"""
+    A picture redrawn in another manner on white: what it shows stays.
+
+    One of: its edges as lines, its shape filled, few colours, other colours, or as it is; blurred at times.
+
+    Args:
+        picture (`PIL.Image.Image`): RGB on white.
+
+    Returns:
+        `PIL.Image.Image` of the same size.
+    """
+    ink, kind = ImageOps.invert(picture), float(torch.rand(()))
+    if kind < 0.2:
+        edges = ImageOps.grayscale(ink).filter(ImageFilter.SMOOTH).filter(ImageFilter.FIND_EDGES)
+        # FIND_EDGES copies the border.
+        edges = ImageOps.expand(ImageOps.crop(edges, 1), 1, fill=0)
+        strength = _uniform(1.5, 4.0)
+        ink = edges.point(lambda value: value * strength).convert("RGB")
+    elif kind < 0.35:
+        least, fill = _uniform(5, 75), round(_uniform(165, 255))
+        shape = ImageOps.grayscale(ink).point(lambda value: fill if value > least else 0)
+        ink = shape.filter(ImageFilter.SMOOTH).convert("RGB")
+    elif kind < 0.5:
+        ink = ImageOps.posterize(ink, int(torch.randint(2, 5, ())))
+    elif kind < 0.8:
+        # Each colour of ink becomes a blend of the three; rows sum to 1 before the strength.
+        blend = torch.distributions.Dirichlet(torch.ones(3)).sample((3,))
+        blend = (0.4 * torch.eye(3) + 0.6 * blend) * _uniform(0.6, 1.3)
+        rows = [value for row in blend.tolist() for value in (*row, 0.0)]
+        ink = ink.convert("RGB", rows)
+    redrawn = ImageOps.invert(ink)
+    if torch.rand(()) < 0.3:
+        redrawn = redrawn.filter(ImageFilter.GaussianBlur(_uniform(0.3, 1.2)))
+    return redrawn
+
+
+def mix_style(latents: Tensor, styles: list[str]) -> Tensor:
+    r"""
+    Latents of which most tokens come from other pictures of the same style: the style stays, and what is shown goes.
+
+    Args:
+        latents (`torch.Tensor` of shape `(R, 2, C, h, w)`): Mean and std of each row's picture.
+        styles (`list[str]` of length R): The rows' styles.
+
+    Returns:
+        `torch.Tensor` of the shape of `latents`; each token stays at its place.
+    """
+    rows, (height, width) = len(latents), latents.shape[-2:]
+    members: dict[str, list[int]] = {}
+    for row, style in enumerate(styles):
+        members.setdefault(style, []).append(row)
+    sources = torch.empty(rows, height * width, dtype=torch.long)
+    for own in members.values():
+        own = torch.tensor(own)
+        sources[own] = own[torch.randint(len(own), (len(own), height * width))]
+    own_share = MAX_OWN_SHARE * torch.rand(rows, 1)
+    sources = torch.where(torch.rand(sources.shape) < own_share, torch.arange(rows)[:, None], sources)
+    # (R, 2, C, h, w) -> (R, N, 2, C), and back
+    tokens = latents.flatten(3).permute(0, 3, 1, 2)
+    mixed = tokens[sources, torch.arange(height * width)]
+    return mixed.permute(0, 2, 3, 1).reshape(latents.shape)
