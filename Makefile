@@ -20,10 +20,11 @@ test: $(VENV)/.done
 test-slow: $(VENV)/.done
 	$(PYTEST) -m slow
 
-# torchao apart: where it is installed, every program that loads transformers prints its warnings.
+# Apart from the rest: where torchao is installed, every program that loads transformers prints its warnings.
 test-quantization: $(VENV)/.done
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/torchao torchao -c constraints.txt
-	PYTHONPATH=$(VENV)/torchao $(PYTEST) tests/integration/test_size.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/quantization \
+		torchao bitsandbytes -c constraints.txt
+	PYTHONPATH=$(VENV)/quantization $(PYTEST) tests/integration/test_size.py
 
 test-gpu: $(VENV)/.done
 	$(PYTEST) -m gpu

@@ -37,6 +37,7 @@ REMOTE_MODULES = {
         "modeling_mmar",
         "parameterization_mmar",
         "plora_mmar",
+        "quantization_mmar",
     ),
     "pipelines": ("pipeline_mmar", "text_to_image_mmar"),
     "processors": ("image_processing_mmar", "processing_mmar"),

@@ -33,6 +33,7 @@ class PLoRALinear(nn.Linear):
         rank (`int`): r, the width of the branch.
         alpha (`float`): The branch is scaled by alpha / r.
         bias (`bool`, *optional*, defaults to `True`): Whether the base layer has a bias.
+        **kwargs: Of a base layer that is quantized (quantization_mmar.py).
 
     Example:
 
@@ -46,8 +47,8 @@ class PLoRALinear(nn.Linear):
     ```
     """
 
-    def __init__(self, in_features: int, out_features: int, rank: int, alpha: float, bias: bool = True):
-        super().__init__(in_features, out_features, bias=bias)
+    def __init__(self, in_features: int, out_features: int, rank: int, alpha: float, bias: bool = True, **kwargs):
+        super().__init__(in_features, out_features, bias=bias, **kwargs)
         # Parameters and names without "lora_": peft takes such modules and names for its own.
         self.image_A = nn.Parameter(torch.empty(rank, in_features))
         self.image_B = nn.Parameter(torch.empty(out_features, rank))

@@ -1,7 +1,6 @@
 """MMAR: one model for text from images and images from text (arXiv 2410.10798)."""
 
 import contextlib
-import copy
 import inspect
 import json
 import os
@@ -46,12 +45,11 @@ from .frozen_parts_mmar import (
 from .generation_mmar import MMARImageGenerationMixin
 from .masking_mmar import cached_position_ids, image_block_ids, shared_position_ids
 from .plora_mmar import MMARQwen2Model
+from .quantization_mmar import for_backbone_only, plora_aware_quantizers
 
 
 # Largest absolute pixel value that is taken for [-1, 1].
 MAX_PIXEL_VALUE = 1.1
-# Parts that a quantization leaves alone, beside PLoRA's own weights.
-NOT_QUANTIZED = ("lm_head", "model.latent_encoder", "diffusion_mlp", "vae")
 
 
 @dataclass
@@ -357,7 +355,7 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         if path is not None and not kwargs.get("subfolder") and not kwargs.get("variant"):
             _check_weights_files(Path(path))
         if kwargs.get("quantization_config") is not None:
-            kwargs["quantization_config"] = _for_backbone_only(kwargs["quantization_config"])
+            kwargs["quantization_config"] = for_backbone_only(kwargs["quantization_config"])
         download = {name: kwargs[name] for name in DOWNLOAD_ARGUMENTS if name in kwargs}
         place = {name: kwargs[name] for name in ("revision", "subfolder") if kwargs.get(name) is not None}
         config = kwargs.get("config")
@@ -369,11 +367,12 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             kwargs = {name: value for name, value in kwargs.items() if name not in place} | {
                 "key_mapping": KEY_MAPPING
             }
-            with joined_folder(path, config.frozen_parts, **place, **download) as joined:
+            with joined_folder(path, config.frozen_parts, **place, **download) as joined, plora_aware_quantizers():
                 model, info = super().from_pretrained(joined, *args, output_loading_info=True, **kwargs)
             model.config.name_or_path = model.name_or_path = str(path)
         else:
-            model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+            with plora_aware_quantizers():
+                model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         if missing := sorted(info["missing_keys"]):
             raise ValueError(
                 f"expected all weights of the model in {str(pretrained_model_name_or_path)!r}; {len(missing)} are "
@@ -567,7 +566,15 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         Args:
             train_backbone (`bool`, *optional*, defaults to `False`): Also train Qwen2's own weights; for a model whose
                 backbone was not pretrained.
+
+        Raises:
+            ValueError: If a quantized backbone is to be trained.
         """
+        if train_backbone and getattr(self, "hf_quantizer", None) is not None:
+            raise ValueError(
+                "`train_backbone` needs a backbone in floating point; this one is quantized. Load the model without "
+                "`quantization_config`."
+            )
         for parameter in self.parameters():
             if parameter.is_floating_point():  # quantized weights take no gradient
                 parameter.requires_grad_(True)
@@ -1042,21 +1049,6 @@ def _check_tensors(tensors: dict[str, Any], vocab_size: int) -> None:
                     + (f", or {allowed}" if allowed else "")
                     + f"; got {int(values[wrong][0])}. Take tokenizer and model from one folder."
                 )
-
-
-def _for_backbone_only(quantization_config: Any) -> Any:
-    """The settings of a quantization, for Qwen2's linears alone: what is trained keeps its dtype, the VAE float32."""
-    quantization_config = copy.deepcopy(quantization_config)
-    is_dict = isinstance(quantization_config, dict)
-    own = quantization_config if is_dict else vars(quantization_config)
-    method = str(getattr(own.get("quant_method"), "value", own.get("quant_method")))
-    if method != "torchao":
-        raise ValueError(
-            f"`quantization_config` must be a `TorchAoConfig`; got the method {method!r}, which would replace or pass "
-            "over PLoRA's linears."
-        )
-    own["modules_to_not_convert"] = sorted({*(own.get("modules_to_not_convert") or []), *NOT_QUANTIZED})
-    return quantization_config
 
 
 def _check_weights_files(folder: Path) -> None:

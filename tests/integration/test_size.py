@@ -3,8 +3,8 @@
 import pytest
 import torch
 from doors import outputs_of
-from helpers import random_latents, random_text
-from transformers.utils import is_torchao_available
+from helpers import random_latents, random_text, tiny_config
+from transformers.utils import is_bitsandbytes_available, is_torchao_available
 
 from mmar import MMARForConditionalGeneration, MMARPipeline
 
@@ -77,30 +77,55 @@ def torchao_config(bits):
     return TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))
 
 
+def bitsandbytes_config(bits):
+    from transformers import BitsAndBytesConfig
+
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+
+
+CONFIGS = {"torchao": torchao_config, "bitsandbytes": bitsandbytes_config}
 needs_torchao = pytest.mark.skipif(not is_torchao_available(), reason="needs torchao")
+needs_bitsandbytes = pytest.mark.skipif(not is_bitsandbytes_available(), reason="needs bitsandbytes")
+each_method = pytest.mark.parametrize(
+    ("method", "bits"),
+    [
+        pytest.param("torchao", 8, marks=needs_torchao),
+        pytest.param("torchao", 4, marks=needs_torchao),
+        pytest.param("bitsandbytes", 8, marks=needs_bitsandbytes),
+        pytest.param("bitsandbytes", 4, marks=needs_bitsandbytes),
+    ],
+)
 
 
-@needs_torchao
-@pytest.mark.parametrize(("bits", "tolerance"), [(8, 0.03), (4, 0.4)])
-def test_only_the_backbone_is_quantized(folder, bits, tolerance):
+@pytest.fixture
+def quantized(folder, method, bits):
+    return MMARForConditionalGeneration.from_pretrained(folder, quantization_config=CONFIGS[method](bits))
+
+
+@each_method
+def test_only_the_backbone_is_quantized(folder, quantized, bits):
     plain = MMARForConditionalGeneration.from_pretrained(folder)
-    model = MMARForConditionalGeneration.from_pretrained(folder, quantization_config=torchao_config(bits))
-    state = plain.state_dict()
-    for name, value in model.state_dict().items():
+    state = dict(plain.named_parameters())
+    for name, value in quantized.named_parameters():
         is_linear = name.endswith("_proj.weight") and not not_quantized(name)
-        assert (type(value) is not torch.Tensor) == is_linear, name
+        changed = value.dtype == state[name].dtype == torch.float32 and type(value) is torch.nn.Parameter
+        assert changed != is_linear, name
         if not is_linear:
-            assert value.dtype == state[name].dtype and torch.equal(value, state[name]), name
+            assert torch.equal(value, state[name]), name
     ids = random_text(2, 7)
     expected = plain(ids).logits
-    error = (model(ids).logits - expected).std() / expected.std()
-    assert 0 < error < tolerance
+    error = (quantized(ids).logits - expected).std() / expected.std()
+    # bitsandbytes quantizes what goes into a linear to 8 bits as well.
+    assert 0 < error < {8: 0.05, 4: 0.4}[bits]
+    with pytest.raises(ValueError, match="`train_backbone` needs a backbone in floating point; this one is quantized"):
+        quantized.freeze(train_backbone=True)
 
 
-@needs_torchao
-def test_quantized_backbone_draws_answers_and_trains(folder):
-    pipe = MMARPipeline.from_pretrained(folder)
-    model = MMARForConditionalGeneration.from_pretrained(folder, quantization_config=torchao_config(8))
+@each_method
+def test_quantized_backbone_draws_answers_and_trains(folder, quantized):
+    pipe, model = MMARPipeline.from_pretrained(folder), quantized
     outputs = outputs_of(model, pipe.processor)
     assert torch.isfinite(outputs["latents"]).all() and outputs["picture"].std() > 0
     model.train()
@@ -117,3 +142,36 @@ def test_quantized_backbone_draws_answers_and_trains(folder):
     optimizer.step()
     moved = [name for name, parameter in trained.items() if not torch.equal(parameter, before[name])]
     assert any(name.endswith("image_B") for name in moved) and any(name.startswith("diffusion_mlp") for name in moved)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize(("method", "bits"), [("bitsandbytes", 8), ("bitsandbytes", 4)])
+def test_a_model_quantized_with_bitsandbytes_is_saved_and_loaded(folder, quantized, tmp_path):
+    quantized.save_pretrained(tmp_path)
+    again = MMARForConditionalGeneration.from_pretrained(tmp_path)
+    processor = MMARPipeline.from_pretrained(folder).processor
+    assert same(outputs_of(again, processor), outputs_of(quantized, processor))
+    with pytest.raises(ValueError, match="a quantized model cannot be saved by reference"):
+        quantized.config.frozen_parts = {"backbone": {"repo_id": "Qwen/Qwen2-0.5B", "revision": "main"}}
+        quantized.save_pretrained(tmp_path / "reference", frozen="reference")
+
+
+@needs_bitsandbytes
+def test_other_models_are_quantized_as_ever(folder, tmp_path):
+    from transformers import Qwen2ForCausalLM
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    config = tiny_config().text_config
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path)
+    kinds = dict(AUTO_QUANTIZER_MAPPING)
+    for when in ("before", "after"):
+        other = Qwen2ForCausalLM.from_pretrained(tmp_path, quantization_config=bitsandbytes_config(4))
+        assert type(other.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit", when
+        MMARForConditionalGeneration.from_pretrained(folder, quantization_config=bitsandbytes_config(4))
+    assert AUTO_QUANTIZER_MAPPING == kinds
+
+
+@pytest.mark.parametrize("wrong", ["int8", 5, [], {}, {"quant_method": "gptq", "bits": 4}, {"quant_method": "none"}])
+def test_other_quantizations_are_refused(folder, wrong):
+    with pytest.raises(ValueError, match="`quantization_config` must be a `TorchAoConfig` or a `BitsAndBytesConfig`"):
+        MMARForConditionalGeneration.from_pretrained(folder, quantization_config=wrong)
