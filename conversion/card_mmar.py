@@ -123,6 +123,7 @@ def make_model_card(
     facts: MMARCardFacts | None = None,
     evaluations: Sequence[dict[str, Any]] = (),
     num_parameters: dict[str, int] | None = None,
+    has_processor: bool = True,
 ) -> ModelCard:
     r"""
     Makes the card of an MMAR.
@@ -134,6 +135,8 @@ def make_model_card(
         evaluations (`Sequence[dict]`, *optional*): What evaluations wrote: `command`, `dataset` with `type`, `name`
             and `split`, and `metrics`, a list of `task`, `type`, `name` and `value`.
         num_parameters (`dict[str, int]`, *optional*): Parameters by part, as `count_parameters` gives them.
+        has_processor (`bool`, *optional*, defaults to `True`): Whether the processor is in the folder; the examples
+            need it.
 
     Returns:
         `huggingface_hub.ModelCard`
@@ -155,7 +158,7 @@ def make_model_card(
         model_name=name if results else None,
         eval_results=results or None,
     )
-    text = _text(config, repo_id, facts, evaluations, num_parameters)
+    text = _text(config, repo_id, facts, evaluations, num_parameters, has_processor)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
@@ -181,7 +184,9 @@ def count_parameters(model: Any) -> dict[str, int]:
             part = "Qwen2"
         else:
             part = {"model": "latent encoder", "diffusion_mlp": "diffusion MLP", "vae": "VAE"}[name.split(".")[0]]
-        counts[part] += parameter.numel()
+        # In 4 bits several numbers share an element.
+        packed = getattr(parameter, "quant_state", None)
+        counts[part] += parameter.numel() if packed is None else packed.shape.numel()
     return counts
 
 
@@ -215,6 +220,7 @@ def _text(
     facts: MMARCardFacts,
     evaluations: Sequence[dict[str, Any]],
     num_parameters: dict[str, int] | None,
+    has_processor: bool,
 ) -> str:
     title = facts.title or repo_id.rstrip("/").split("/")[-1]
     parts = [
@@ -226,6 +232,11 @@ def _text(
     if facts.description:
         parts.append(facts.description.strip())
     parts += ["## Use"]
+    if not has_processor:
+        parts.append(
+            "The examples need the processor in this repository; `processor.push_to_hub` adds it where the model "
+            "alone was uploaded."
+        )
     prompt, question = (json.dumps(text, ensure_ascii=False) for text in (facts.prompt, facts.question))
     for door, code in USAGE.items():
         code = code.format(repo=repo_id, prompt=prompt, question=question, package="mmar")

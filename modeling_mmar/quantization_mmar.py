@@ -18,6 +18,7 @@ from transformers.quantizers import auto as quantizers
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .frozen_parts_mmar import TRAINED_SUFFIXES
@@ -93,8 +94,16 @@ class _WithPLoRA(HfQuantizer):
             skipped += [name for name, device in device_map.items() if device in ("disk", "cpu")]
         self.modules_to_not_convert = skipped
         for name, linear in layers.items():
-            if not any(name == part or name.startswith(f"{part}.") for part in skipped):
+            if should_convert_module(name, skipped):
                 model.set_submodule(name, self._quantized(linear))
+
+    def _dequantize(self, model: nn.Module, *args, **kwargs) -> nn.Module:
+        if any(isinstance(module, PLoRALinear) for module in model.modules()):
+            raise ValueError(
+                "a quantized MMAR cannot be dequantized, its PLoRA would be lost; load it without "
+                "`quantization_config`."
+            )
+        return super()._dequantize(model, *args, **kwargs)
 
     def _quantized(self, linear: PLoRALinear) -> PLoRALinear:
         kind, settings = self._kind_and_settings()

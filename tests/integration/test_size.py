@@ -7,6 +7,7 @@ from helpers import random_latents, random_text, tiny_config
 from transformers.utils import is_bitsandbytes_available, is_torchao_available
 
 from mmar import MMARForConditionalGeneration, MMARPipeline
+from mmar.conversion.card_mmar import count_parameters
 
 
 def not_quantized(name):
@@ -110,8 +111,8 @@ def test_only_the_backbone_is_quantized(folder, quantized, bits):
     state = dict(plain.named_parameters())
     for name, value in quantized.named_parameters():
         is_linear = name.endswith("_proj.weight") and not not_quantized(name)
-        changed = value.dtype == state[name].dtype == torch.float32 and type(value) is torch.nn.Parameter
-        assert changed != is_linear, name
+        is_plain = value.dtype == state[name].dtype == torch.float32 and type(value) is torch.nn.Parameter
+        assert is_plain != is_linear, name
         if not is_linear:
             assert torch.equal(value, state[name]), name
     ids = random_text(2, 7)
@@ -154,6 +155,19 @@ def test_a_model_quantized_with_bitsandbytes_is_saved_and_loaded(folder, quantiz
     with pytest.raises(ValueError, match="a quantized model cannot be saved by reference"):
         quantized.config.frozen_parts = {"backbone": {"repo_id": "Qwen/Qwen2-0.5B", "revision": "main"}}
         quantized.save_pretrained(tmp_path / "reference", frozen="reference")
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("bits", [8, 4])
+def test_modules_named_by_the_user_stay_and_nothing_is_dequantized(folder, bits):
+    config = bitsandbytes_config(bits)
+    config.llm_int8_skip_modules = ["down_proj"]
+    model = MMARForConditionalGeneration.from_pretrained(folder, quantization_config=config)
+    layer = model.model.language_model.layers[1].mlp
+    assert layer.down_proj.weight.dtype == torch.float32 and layer.up_proj.weight.dtype != torch.float32
+    assert count_parameters(model) == count_parameters(MMARForConditionalGeneration.from_pretrained(folder))
+    with pytest.raises(ValueError, match="a quantized MMAR cannot be dequantized"):
+        model.dequantize()
 
 
 @needs_bitsandbytes
