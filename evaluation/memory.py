@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
+from ..command import run_command
 from ..conversion.init_from_qwen2 import DTYPES, load_preset
 from ..modeling_mmar.configuration_mmar import MMARConfig
 from ..modeling_mmar.diffusion_mmar import cosine_alphas_cumprod, diffusion_loss
@@ -28,7 +29,7 @@ from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 
 # float32 numbers that AdamW keeps per trained weight: its two moments.
 ADAMW_STATES = 2
-PARTS = ("weights", "gradients", "optimizer", "EMA", "activations", "cache")
+PARTS = ("weights", "gradients", "optimizer", "EMA", "autocast", "activations", "cache")
 
 
 class AllocatedMemory(TorchDispatchMode):
@@ -164,11 +165,14 @@ def training_memory(
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     make_gradients(model)
+    in_float32 = torch.float32.itemsize * trained
     return {
-        "weights": frozen + 4 * trained,
-        "gradients": 4 * trained,
-        "optimizer": 4 * ADAMW_STATES * trained,
-        "EMA": 4 * trained,
+        "weights": frozen + in_float32,
+        "gradients": in_float32,
+        "optimizer": ADAMW_STATES * in_float32,
+        "EMA": in_float32,
+        # An upper bound: each float32 weight that is multiplied is cast, and the copy kept while autocast is on.
+        "autocast": 0 if dtype == torch.float32 else dtype.itemsize * trained,
         "activations": peak_of(lambda: training_step(model, batch_size, text_length).backward()),
     }
 
@@ -249,4 +253,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -77,6 +77,8 @@ def test_optimizer_gradients_and_average_are_those_of_a_real_step():
     moments = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
     assert memory["optimizer"] == bytes_of(moments)
     assert memory["EMA"] == bytes_of(trained)
+    assert memory["autocast"] == 0
+    assert training_memory(model.config)["autocast"] == bytes_of(trained) // 2
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -127,7 +129,7 @@ def test_command(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["memory", "mmar-tiny", "--batch_size", "2"])
     main()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "| GB | weights | gradients | optimizer | EMA | activations | cache | together |"
+    assert lines[0] == "| GB | weights | gradients | optimizer | EMA | autocast | activations | cache | together |"
     assert [line.split(" | ")[0] for line in lines[2:]] == [
         "| mmar-tiny, inference",
         "| mmar-tiny, training",
