@@ -36,14 +36,15 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     Reads a parquet file of training rows.
 
     Args:
-        path (`str` or `Path`): File with the columns image {bytes, path}, captions, questions, answers.
+        path (`str` or `Path`): File with the columns image {bytes, path}, captions, questions, answers, and
+            optionally depends_on and swaps.
 
     Returns:
         `list[dict]`: The rows; `image` holds the file's bytes.
 
     Raises:
         ValueError: If a column is missing, the file has no rows, or a row lacks its picture, has no caption, an empty
-            text, or questions and answers of unequal number.
+            text, questions and answers of unequal number, or an unknown kind or a swap that is not in its answer.
     """
     table = pq.read_table(path)
     missing = {"image", "captions", "questions", "answers"} - set(table.column_names)
@@ -80,20 +81,25 @@ def _check_row(row: dict[str, Any], name: str) -> None:
             f"{name} must have one answer per question; got {len(row['questions'])} questions and "
             f"{len(row['answers'])} answers."
         )
-    for column, legal in (("depends_on", f"one of {', '.join(KINDS)}"), ("swaps", "a part of the answer, or null")):
+    legal = {"depends_on": f"one of {', '.join(KINDS)}", "swaps": "a text that stands in it once, or null"}
+    for column, what in legal.items():
         if row.get(column) is None:
             continue
         values = row[column]
         good = isinstance(values, list) and len(values) == len(row["answers"])
         for value, answer in zip(values, row["answers"], strict=True) if good else ():
-            good &= value in KINDS if column == "depends_on" else value is None or (bool(value) and value in answer)
+            is_part = isinstance(value, str) and bool(value.strip()) and answer.count(value) == 1
+            good &= value in KINDS if column == "depends_on" else value is None or is_part
         if not good:
-            raise ValueError(f"{name} must have `{column}` with, for each answer, {legal}; got {values!r}.")
+            raise ValueError(f"{name} must have `{column}` with, for each answer, {what}; got {values!r}.")
 
 
-def _check_texts(row: dict[str, Any], processor: MMARProcessor, index: int) -> None:
-    """Tries each text of a row now, and not hours into a training."""
+def _check_texts(row: dict[str, Any], processor: MMARProcessor, index: int, longest_swap: str) -> None:
+    """Tries each text of a row now, and not hours into a training; swapped answers with the longest swap."""
     try:
+        for answer, swap, question in zip(row["answers"], row.get("swaps") or (), row["questions"], strict=False):
+            for content in (swap, longest_swap) if swap is not None else ():
+                _swapped_answer(processor, answer, swap, content, question, learns_content=True)
         for caption in row["captions"]:
             processor.training_example("t2i", caption)
         for question, answer in zip(row["questions"], row["answers"], strict=True):
@@ -133,10 +139,15 @@ class MMARLatentDataset(Dataset):
                 f"expected at least one row and `num_copies` of at least 0; got {len(rows)} rows and {num_copies}."
             )
         self.rows = [{key: value for key, value in row.items() if key != "image"} for row in rows]
+        swaps = [swap for row in rows for swap in row.get("swaps") or () if swap is not None]
+        longest_swap = max(swaps, default="", key=lambda swap: len(processor.tokenizer(swap)["input_ids"]))
         for index, row in enumerate(self.rows):
-            _check_texts(row, processor, index)
-        # A style is told by the answer that hangs on it.
-        styles = [dict(zip(row.get("depends_on") or (), row["answers"], strict=False)).get("style") for row in rows]
+            _check_texts(row, processor, index, longest_swap)
+        # A style is told by the answer that hangs on it; a row without one is of a style of its own.
+        styles = [
+            dict(zip(row.get("depends_on") or (), row["answers"], strict=False)).get("style", index)
+            for index, row in enumerate(rows)
+        ]
         kinds = {kind for row in rows for kind in row.get("depends_on") or ()}
 
         def encode(change: Callable[[Image.Image], Image.Image] | None, name: str) -> Tensor:
@@ -184,8 +195,10 @@ class MMARDataCollator:
         mask_ratio_min (`float`, *optional*, defaults to 0.7): Lower bound of the mask ratio; 0.7 in stage 1, 0 later
             (Sec. 3.3.3).
         swap_rate (`float`, *optional*, defaults to 0.0): Share of the answers with a swap that get another row's
-            content in its place. Only what follows the swap is then learned: what is said of the style must come from
-            the picture, and not from a name that was seen in some styles only.
+            content in its place, and teach only what follows it; the others then teach only what comes before and the
+            content itself. So what is said of the style must come from the picture, and not from a name that was seen
+            in some styles only. What follows a swap is shown views of the style, where the row has an answer that
+            hangs on it.
     """
 
     processor: MMARProcessor
@@ -253,15 +266,35 @@ class MMARDataCollator:
         question, answer = row["questions"][pair], row["answers"][pair]
         kind = row["depends_on"][pair] if row.get("depends_on") else "picture"
         swap = row["swaps"][pair] if row.get("swaps") else None
-        if swap is None or torch.rand(()) >= self.swap_rate:
+        if swap is None or self.swap_rate == 0:
             return self.processor.training_example("i2t", answer, question), kind
-        before, _, after = answer.partition(swap)
-        given = before + contents[int(torch.randint(len(contents), ()))]
-        example = self.processor.training_example("i2t", given + after, question)
-        start = next(i for i, label in enumerate(example["labels"]) if label != IGNORE_INDEX)
-        num_given = len(self.processor.tokenizer(given, add_special_tokens=False)["input_ids"])
-        labels = [IGNORE_INDEX] * (start + num_given) + example["labels"][start + num_given :]
-        return {"input_ids": example["input_ids"], "labels": labels}, "style"
+        is_own = bool(torch.rand(()) >= self.swap_rate)
+        content = swap if is_own else contents[int(torch.randint(len(contents), ()))]
+        example = _swapped_answer(self.processor, answer, swap, content, question, learns_content=is_own)
+        has_style = "style" in (row.get("depends_on") or ())
+        return example, "style" if has_style and not is_own else kind
+
+
+def _swapped_answer(
+    processor: MMARProcessor, answer: str, swap: str, content: str, question: str, learns_content: bool
+) -> dict[str, list[int]]:
+    """An answer with other content in place of its swap; labels up to the content's end, or only after it."""
+    before, _, after = answer.partition(swap)
+    given = before + content
+    example = processor.training_example("i2t", given + after, question)
+    labels = example["labels"]
+    start = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
+    given_ids = processor.tokenizer(given, add_special_tokens=False)["input_ids"]
+    border = start + len(given_ids)
+    if labels[start:border] != given_ids:
+        raise ValueError(
+            f"expected the swap {swap!r} to end where a token of the answer {answer!r} ends; with {content!r} in its "
+            "place, what follows is one token with its end. Let it end before a space, or drop it."
+        )
+    learned = slice(0, border) if learns_content else slice(border, None)
+    example["labels"] = [IGNORE_INDEX] * len(labels)
+    example["labels"][learned] = labels[learned]
+    return example
 
 
 def _pad(sequences: list[list[int]], value: int) -> Tensor:

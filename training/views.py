@@ -11,6 +11,7 @@ All draw from torch's global generator.
 """
 
 import math
+from collections.abc import Hashable, Sequence
 
 import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
@@ -20,6 +21,12 @@ from torch import Tensor
 KINDS = ("picture", "content", "style")
 # Bounds of `distort`: degrees, and shares of the size, the picture's width and height, and the ink.
 MAX_ANGLE, MAX_SCALE, MAX_SHIFT, MAX_LIGHT = 20.0, 0.3, 0.12, 0.2
+# Of `restyle`: shares of its manners, the rest staying as it is; the share that is blurred.
+LINES, FILLED, FEW_COLOURS, OTHER_COLOURS, BLURRED = 0.2, 0.15, 0.15, 0.3, 0.3
+# Bounds of its draws: strength of lines; least grey that counts as shape, and what it is filled with, of 255; bits per
+# colour; share of other inks in an ink, and strength of the blend; radius of the blur in pixels.
+LINE_STRENGTH, LEAST_INK, FILL_INK, COLOUR_BITS = (1.5, 4.0), (5, 75), (165, 255), (2, 4)
+OTHER_INK, BLEND_STRENGTH, BLUR_RADIUS = 0.6, (0.6, 1.3), (0.3, 1.2)
 # `mix_style` keeps at most this share of a picture's own tokens.
 MAX_OWN_SHARE = 0.7
 
@@ -67,43 +74,44 @@ def restyle(picture: Image.Image) -> Image.Image:
         `PIL.Image.Image` of the same size.
     """
     ink, kind = ImageOps.invert(picture), float(torch.rand(()))
-    if kind < 0.2:
+    if kind < LINES:
         edges = ImageOps.grayscale(ink).filter(ImageFilter.SMOOTH).filter(ImageFilter.FIND_EDGES)
         # FIND_EDGES copies the border.
         edges = ImageOps.expand(ImageOps.crop(edges, 1), 1, fill=0)
-        strength = _uniform(1.5, 4.0)
+        strength = _uniform(*LINE_STRENGTH)
         ink = edges.point(lambda value: value * strength).convert("RGB")
-    elif kind < 0.35:
-        least, fill = _uniform(5, 75), round(_uniform(165, 255))
+    elif kind < LINES + FILLED:
+        least, fill = _uniform(*LEAST_INK), round(_uniform(*FILL_INK))
         shape = ImageOps.grayscale(ink).point(lambda value: fill if value > least else 0)
         ink = shape.filter(ImageFilter.SMOOTH).convert("RGB")
-    elif kind < 0.5:
-        ink = ImageOps.posterize(ink, int(torch.randint(2, 5, ())))
-    elif kind < 0.8:
+    elif kind < LINES + FILLED + FEW_COLOURS:
+        fewest, most = COLOUR_BITS
+        ink = ImageOps.posterize(ink, int(torch.randint(fewest, most + 1, ())))
+    elif kind < LINES + FILLED + FEW_COLOURS + OTHER_COLOURS:
         # Each colour of ink becomes a blend of the three; rows sum to 1 before the strength.
         blend = torch.distributions.Dirichlet(torch.ones(3)).sample((3,))
-        blend = (0.4 * torch.eye(3) + 0.6 * blend) * _uniform(0.6, 1.3)
+        blend = torch.lerp(torch.eye(3), blend, OTHER_INK) * _uniform(*BLEND_STRENGTH)
         rows = [value for row in blend.tolist() for value in (*row, 0.0)]
         ink = ink.convert("RGB", rows)
     redrawn = ImageOps.invert(ink)
-    if torch.rand(()) < 0.3:
-        redrawn = redrawn.filter(ImageFilter.GaussianBlur(_uniform(0.3, 1.2)))
+    if torch.rand(()) < BLURRED:
+        redrawn = redrawn.filter(ImageFilter.GaussianBlur(_uniform(*BLUR_RADIUS)))
     return redrawn
 
 
-def mix_style(latents: Tensor, styles: list[str]) -> Tensor:
+def mix_style(latents: Tensor, styles: Sequence[Hashable]) -> Tensor:
     r"""
-    Latents of which most tokens come from other pictures of the same style: the style stays, and what is shown goes.
+    Latents of which many tokens come from other pictures of the same style: the style stays, and what is shown goes.
 
     Args:
         latents (`torch.Tensor` of shape `(R, 2, C, h, w)`): Mean and std of each row's picture.
-        styles (`list[str]` of length R): The rows' styles.
+        styles (`Sequence` of length R): The rows' styles.
 
     Returns:
         `torch.Tensor` of the shape of `latents`; each token stays at its place.
     """
     rows, (height, width) = len(latents), latents.shape[-2:]
-    members: dict[str, list[int]] = {}
+    members: dict[Hashable, list[int]] = {}
     for row, style in enumerate(styles):
         members.setdefault(style, []).append(row)
     sources = torch.empty(rows, height * width, dtype=torch.long)

@@ -61,7 +61,9 @@ def test_training_lowers_both_losses(tmp_path, processor):
     torch.manual_seed(0)
     config = make_model(processor).config
     trainer = make_trainer(tmp_path, processor, MMARForConditionalGeneration(config), 100, train_backbone=True)
-    trainer.train_dataset.stds.zero_()  # an untrained VAE's posterior is mostly noise, which nothing can predict
+    trainer.train_dataset.latents["picture"][
+        :, :, 1
+    ].zero_()  # an untrained VAE's posterior is mostly noise, which nothing can predict
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "text_loss" in entry and "image_loss" in entry]
     for name in ("text_loss", "image_loss"):

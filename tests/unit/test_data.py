@@ -136,6 +136,10 @@ def test_swapped_answers_teach_only_what_follows(processor):
     # Any name stands before any picture's style, its own too.
     names = {row["swaps"][0] for row in rows}
     assert contents == {(own, other) for own in names for other in names}
+    # With its own name a row teaches up to the name.
+    collator.swap_rate = 1e-9
+    for row, labels in zip(rows, collator(rows)["labels"], strict=True):
+        assert text_of(processor, labels[labels != IGNORE_INDEX]) == f"a {row['swaps'][0]}"
     collator.swap_rate = 0.0
     for row, labels in zip(rows, collator(rows)["labels"], strict=True):
         assert text_of(processor, labels[labels != IGNORE_INDEX]) == row["answers"][0] + "<|im_end|>"
@@ -160,8 +164,10 @@ def test_read_rows_names_missing_columns(tmp_path):
         ("image", b"", "must hold its picture's file"),
         ("depends_on", ["picture", "mood"], "`depends_on` with, for each answer, one of picture, content, style"),
         ("depends_on", ["picture"], "`depends_on` with, for each answer, one of picture, content, style; got"),
-        ("swaps", ["yellow", None], "`swaps` with, for each answer, a part of the answer, or null; got"),
-        ("swaps", ["", None], "`swaps` with, for each answer, a part of the answer, or null; got"),
+        ("swaps", ["yellow", None], "`swaps` with, for each answer, a text that stands in it once, or null; got"),
+        ("swaps", ["e", None], "stands in it once"),
+        ("swaps", [5, None], "stands in it once"),
+        ("swaps", ["", None], "`swaps` with, for each answer, a text that stands in it once, or null; got"),
     ],
 )
 def test_read_rows_refuses_bad_rows(tmp_path, column, value, message):
