@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..command import run_command
 from ..modeling_mmar.frozen_parts_mmar import sha256_of
 from .folders import new_folder
 
@@ -107,7 +108,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"expected a checkpoint of torch in {str(path)!r}; it cannot be read ({error}). Download it again."
+            f"expected a checkpoint of torch in {str(path)!r}; it cannot be read ({error!r}). Download it again."
         ) from error
     if not isinstance(saved, dict):
         raise ValueError(f"expected a dict of tensors in {str(path)!r}; got {type(saved).__name__}.")
@@ -131,7 +132,7 @@ def autoencoder_weights(saved: dict[str, Any], use_ema: bool = True) -> dict[str
     """
     entries = [*(EMA_ENTRIES if use_ema else ()), *WEIGHTS_ENTRIES]
     state = next((saved[name] for name in entries if _is_state_dict(saved.get(name))), saved)
-    state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    state = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
     prefixes = sorted({name.removesuffix(FIRST_WEIGHT) for name in state if name.endswith(FIRST_WEIGHT)}, key=len)
     if not prefixes or any(".down_blocks." in name for name in state):
         raise ValueError(_not_an_autoencoder(state or saved))
@@ -263,7 +264,7 @@ def convert_kl16(checkpoint: str | Path, out: str | Path, use_ema: bool = True, 
     config = autoencoder_config(state)
     vae = convert_weights(state, config)
     parameters = sum(parameter.numel() for parameter in vae.parameters())
-    with new_folder(out, num_bytes=4 * parameters) as folder:
+    with new_folder(out, num_bytes=torch.float32.itemsize * parameters) as folder:
         vae.save_pretrained(folder)
     has_attention = config["up_block_types"][0] == "AttnUpDecoderBlock2D"
     return {
@@ -285,11 +286,12 @@ def _is_state_dict(value: Any) -> bool:
 
 def _not_an_autoencoder(state: dict[str, Any]) -> str:
     message = "expected a KL autoencoder in CompVis' layout, with encoder.conv_in and decoder.conv_in; "
-    if any(name.startswith("quantize.") for name in state):
+    names = [str(name) for name in state]
+    if any(name.startswith("quantize.") for name in names):
         return f"{message}got a VQ autoencoder (quantize.*). MMAR's tokens are continuous: take LDM's kl-f16."
-    if any(".down_blocks." in name for name in state):
+    if any(".down_blocks." in name for name in names):
         return f"{message}got diffusers' layout. It needs no conversion: take its folder as it is."
-    return f"{message}got {_listed(map(str, state))}. Take LDM's kl-f16 or MAR's kl16.ckpt."
+    return f"{message}got {_listed(names)}. Take LDM's kl-f16 or MAR's kl16.ckpt."
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -338,4 +340,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

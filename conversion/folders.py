@@ -1,11 +1,15 @@
-"""Writes folders whole or not at all."""
+"""Folders of MMARs: written whole or not at all, and read."""
 
 import contextlib
 import errno
+import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from ..modeling_mmar.configuration_mmar import MMARConfig
 
 
 @contextlib.contextmanager
@@ -29,7 +33,12 @@ def new_folder(out: str | Path, num_bytes: int = 0) -> Iterator[Path]:
         raise ValueError(
             f"expected a new or empty folder to write to; {str(out)!r} is {is_what}. Name another, or remove it."
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(
+            f"expected folders above {str(out)!r}; one of them is a file. Name another, or remove it."
+        ) from error
     if (free := shutil.disk_usage(out.parent).free) < num_bytes:
         raise ValueError(
             f"expected {num_bytes / 1e9:.1f} GB of room for {str(out)!r}; the disk has {free / 1e9:.1f} GB. Make "
@@ -51,3 +60,33 @@ def new_folder(out: str | Path, num_bytes: int = 0) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def read_config(folder: str | Path) -> MMARConfig:
+    r"""
+    Args:
+        folder (`str` or `Path`): A local MMAR folder.
+
+    Returns:
+        `MMARConfig`
+
+    Raises:
+        ValueError: If there is no readable config.json, or it is another model's.
+    """
+    try:
+        model_type = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"expected the folder of an MMAR; {str(folder)!r} has no readable config.json ({error})."
+        ) from error
+    if model_type != "mmar":
+        raise ValueError(f"expected an MMAR's config in {str(folder)!r}; got the model type {model_type!r}.")
+    return MMARConfig.from_pretrained(folder)
+
+
+def check_shard_size(size: str | int) -> None:
+    """Raises a `ValueError` if it is no number of bytes above 0, such as `"5GB"`."""
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*[KMGT]B", size.upper()) if isinstance(size, str) else None
+    num_bytes = float(number[1]) if number else size
+    if isinstance(num_bytes, (bool, str)) or not num_bytes > 0:
+        raise ValueError(f"`max_shard_size` must be above 0 bytes, such as '5GB' or '500MB'; got {size!r}.")

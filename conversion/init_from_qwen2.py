@@ -20,20 +20,20 @@ import torch
 from diffusers import AutoencoderKL
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, GenerationConfig, Qwen2Config
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..command import run_command
 from ..modeling_mmar.configuration_mmar import MMARConfig
-from ..modeling_mmar.frozen_parts_mmar import PREFIXES, make_reference, part_of, weights_files
+from ..modeling_mmar.frozen_parts_mmar import PREFIXES, make_reference, open_weights, part_of, weights_files
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from ..pipelines.pipeline_mmar import MMARPipeline
 from ..processors.image_processing_mmar import MMARImageProcessor
 from ..processors.processing_mmar import MMARProcessor
-from .folders import new_folder
+from .folders import check_shard_size, new_folder, read_config
 from .hub_mmar import export_remote_code
 
 
@@ -58,10 +58,7 @@ def load_preset(name: str) -> MMARConfig:
     if not (folder / "config.json").is_file():
         known = sorted(path.parent.name for path in PRESETS.glob("*/config.json"))
         raise ValueError(f"`preset` must be one of {', '.join(known)} or a folder with a config.json; got {name!r}.")
-    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if model_type != "mmar":
-        raise ValueError(f"expected an MMAR's config in {str(folder)!r}; got the model type {model_type!r}.")
-    return MMARConfig.from_pretrained(folder)
+    return read_config(folder)
 
 
 def find_backbone(backbone: str, revision: str | None = None, token: str | None = None) -> Path:
@@ -97,7 +94,7 @@ class _Weights:
     def __init__(self, files: list[Path]):
         self._files = {}
         for file in files:
-            opened = safe_open(file, framework="pt")
+            opened = open_weights(file)
             self._files |= dict.fromkeys(opened.keys(), opened)
 
     def names(self) -> set[str]:
@@ -239,6 +236,7 @@ def init_from_qwen2(
             f"`frozen` must be 'include' or 'reference' and `dtype` one of auto, {', '.join(DTYPES)}; got {frozen!r} "
             f"and {dtype!r}."
         )
+    check_shard_size(max_shard_size)
     backbone_folder = find_backbone(backbone, revision, token)
     config = _config(preset, backbone_folder, Path(vae))
     config.frozen_parts = {
@@ -270,8 +268,8 @@ def init_from_qwen2(
     referenced = set(config.frozen_parts) if frozen == "reference" else set()
     files, index = _shards(model, torch_dtype, max_shard_size, referenced)
 
-    element = torch.empty((), dtype=torch_dtype).element_size()
-    num_bytes = sum(shapes[name].numel() for names in files.values() for name in names) * element
+    own_dtypes = {name: torch.float32 if name.startswith("vae.") else torch_dtype for name in shapes}
+    num_bytes = sum(shapes[name].numel() * own_dtypes[name].itemsize for names in files.values() for name in names)
     with new_folder(out, num_bytes) as folder:
         for file, names in tqdm(files.items(), desc="writing", unit=" files"):
             tensors = dict(_shard_tensors(names, model, sources, parts, torch_dtype, seed))
@@ -366,4 +364,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

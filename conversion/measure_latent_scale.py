@@ -12,6 +12,7 @@ VAE's config, and nowhere else.
 import argparse
 import json
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from safetensors import safe_open
 from tqdm.auto import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..command import run_command
 from ..modeling_mmar.configuration_mmar import MMARConfig
+from ..modeling_mmar.frozen_parts_mmar import open_weights, weights_files
 from ..processors.image_processing_mmar import MMARImageProcessor
 from .latent_moments import LatentMoments
 
@@ -55,7 +57,7 @@ def iterate_pictures(
     """
     path = Path(source)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in Image.registered_extensions())
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in picture_suffixes())
         if files:
             order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))
             yield from (str(files[i]) for i in order.tolist())
@@ -73,6 +75,11 @@ def iterate_pictures(
     for row in dataset.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER):
         picture = row[column]
         yield (picture["bytes"] or picture["path"]) if isinstance(picture, dict) else picture
+
+
+def picture_suffixes() -> set[str]:
+    """Endings of the picture files that Pillow opens; not those that it only writes, such as .pdf."""
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
 def _load_dataset(name: str, source: str, column: str, **kwargs: Any) -> Any:
@@ -114,8 +121,18 @@ def load_vae(folder: Path) -> tuple[AutoencoderKL, dict[str, Any]]:
         raise ValueError(
             f"expected the folder of a VAE or of an MMAR; {str(folder)!r} has no readable config.json ({error})."
         ) from error
+    if not isinstance(config, dict):
+        raise ValueError(f"expected names and values in {str(folder / 'config.json')!r}; got {config!r}.")
     if config.get("_class_name") == "AutoencoderKL":
-        return AutoencoderKL.from_pretrained(folder).eval(), config
+        for file in weights_files("vae", folder):
+            open_weights(file)  # names what is broken
+        try:
+            return AutoencoderKL.from_pretrained(folder).eval(), config
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"expected an AutoencoderKL in {str(folder)!r}; its config and weights do not agree ({error}). Copy "
+                "or convert it again."
+            ) from error
     if config.get("model_type") != "mmar":
         kind = config.get("_class_name") or config.get("model_type")
         raise ValueError(f"expected the folder of an AutoencoderKL or of an MMAR; {str(folder)!r} is of a {kind!r}.")
@@ -126,7 +143,7 @@ def load_vae(folder: Path) -> tuple[AutoencoderKL, dict[str, Any]]:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     state = {}
     for name in names:
-        with safe_open(folder / name, framework="pt") as file:
+        with open_weights(folder / name) as file:
             state |= {key.removeprefix("vae."): file.get_tensor(key) for key in file.keys() if key.startswith("vae.")}
     if not state:
         raise ValueError(
@@ -161,8 +178,12 @@ def measure(
         `LatentMoments`, and how many pictures could not be read.
 
     Raises:
-        ValueError: If no picture could be read, or the latents are NaN, infinite or all the same.
+        ValueError: If no picture could be read, the latents are NaN, infinite or all the same, or the VAE cannot take
+            pictures of that size.
     """
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    if image_size < factor or image_size % factor:
+        raise ValueError(f"`image_size` must be a multiple of {factor}, the VAE's factor; got {image_size}.")
     processor = MMARImageProcessor(size={"height": image_size, "width": image_size})
     moments, broken, batch = LatentMoments(vae.config.latent_channels), 0, []
 
@@ -257,7 +278,7 @@ def main() -> None:
         )
     if torch.accelerator.is_available():
         vae.to(torch.accelerator.current_accelerator())
-    image_size = args.image_size or config.get("image_size") or config["sample_size"]
+    image_size = args.image_size if args.image_size is not None else config.get("image_size", vae.config.sample_size)
     pictures = iterate_pictures(args.pictures, args.column, args.split, args.seed)
     moments, broken = measure(vae, pictures, image_size, args.tolerance, args.max_pictures, args.batch_size)
     report = {
@@ -270,10 +291,16 @@ def main() -> None:
         "mean_of_all": float(moments.mean[-1]),
         "std_of_all": float(moments.std[-1]),
     }
+    if not report["converged"]:
+        print(
+            f"warning: the pictures ended at a standard error of {report['standard_error']:.4f}, above the tolerance "
+            f"of {args.tolerance}; give more of them, or a larger --tolerance.",
+            file=sys.stderr,
+        )
     if not args.dry_run:
         report["written"] = write_scale(args.folder, config, moments, args.mode)
     print(json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

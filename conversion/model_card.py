@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 import yaml
 
-from ..modeling_mmar.configuration_mmar import MMARConfig
+from ..command import run_command
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from .card_mmar import MMARCardFacts, count_parameters, make_model_card, read_evaluation, write_model_card
+from .folders import read_config
 
 
 def main() -> None:
@@ -24,10 +25,14 @@ def main() -> None:
     parser.add_argument("--repo_id", help="repository that the examples open; the folder as given by default")
     args = parser.parse_args()
 
-    config = MMARConfig.from_pretrained(args.folder)
+    config = read_config(args.folder)
     facts = None
     if args.facts is not None:
-        facts = MMARCardFacts.from_dict(yaml.safe_load(args.facts.read_text(encoding="utf-8")))
+        try:
+            stated = yaml.safe_load(args.facts.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"expected the facts of a card as YAML in {str(args.facts)!r}; {error}.") from error
+        facts = MMARCardFacts.from_dict(stated)
     with torch.device("meta"):
         model = MMARForConditionalGeneration(config)
     card = make_model_card(
@@ -42,4 +47,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

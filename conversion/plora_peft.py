@@ -10,6 +10,7 @@ all tokens; in MMAR it acts on image tokens only. No number is changed either wa
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ..command import run_command
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from ..modeling_mmar.plora_mmar import PLoRALinear
 from ..pipelines.pipeline_mmar import MMARPipeline
@@ -36,6 +38,13 @@ OTHER_KINDS = (
     "alpha_pattern",
     "lora_bias",
     "modules_to_save",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
 )
 
 
@@ -100,14 +109,17 @@ def import_plora(model: MMARForConditionalGeneration, folder: str | Path) -> Non
             f"expected a LoRA of one rank on all layers, without {', '.join(others)}; {str(folder)!r} has it. PLoRA "
             "computes W x + alpha / r B A x."
         )
-    if settings["r"] != model.config.plora_rank:
+    if settings.get("r") != model.config.plora_rank:
         raise ValueError(
             f"expected the rank {model.config.plora_rank} of the model's PLoRA in {str(folder)!r}; got "
-            f"{settings['r']}. Make a model of that `plora_rank`."
+            f"{settings.get('r')!r}. Make a model of that `plora_rank`."
         )
+    alpha = settings.get("lora_alpha")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
+        raise ValueError(f"expected a `lora_alpha` above 0 in {str(folder)!r}; got {alpha!r}.")
     try:
         tensors = load_file(folder / ADAPTER_WEIGHTS)
-    except (FileNotFoundError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(
             f"expected the adapter's weights in {str(folder / ADAPTER_WEIGHTS)!r}; they are missing or broken "
             f"({error}). Copy the folder whole; only safetensors are read."
@@ -119,6 +131,11 @@ def import_plora(model: MMARForConditionalGeneration, folder: str | Path) -> Non
         for ours in FACTORS.values()
     }
     missing, left_over = sorted(targets.keys() - values.keys()), sorted(values.keys() - targets.keys())
+    if len(values) != len(tensors):
+        raise ValueError(
+            f"expected each factor once in {str(folder)!r}; got {len(tensors)} tensors for {len(values)} factors, "
+            "some under two names."
+        )
     if missing or left_over:
         raise ValueError(
             f"expected an adapter of all {len(targets)} factors of the model's PLoRA in {str(folder)!r}; "
@@ -131,21 +148,29 @@ def import_plora(model: MMARForConditionalGeneration, folder: str | Path) -> Non
                 f"expected {name} of shape {tuple(target.shape)}; the adapter has {tuple(values[name].shape)}. It "
                 "belongs to a backbone of another size."
             )
+        if not values[name].is_floating_point() or not bool(torch.isfinite(values[name]).all()):
+            raise ValueError(
+                f"expected {name} of finite numbers in {str(folder)!r}; got {values[name].dtype} with NaN, infinity "
+                "or integers. Train or export the adapter again."
+            )
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(values[name])
-    model.config.plora_alpha = float(settings["lora_alpha"])
+    model.config.plora_alpha = float(alpha)
     for module in _plora_layers(model).values():
         module.image_scaling = model.config.plora_alpha / model.config.plora_rank
 
 
 def _read_settings(folder: Path) -> dict:
     try:
-        return json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError(f"names and values expected, got {settings!r}")
     except (OSError, ValueError) as error:
         raise ValueError(
             f"expected the folder of a peft adapter; {str(folder / ADAPTER_CONFIG)!r} cannot be read ({error})."
         ) from error
+    return settings
 
 
 def _name_in_mmar(name: str) -> str:
@@ -177,4 +202,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

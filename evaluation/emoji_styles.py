@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ..command import run_command
 from ..pipelines.pipeline_mmar import MMARPipeline
 from ..training.data import read_rows
 from ..training.emoji_lite import QUESTIONS
@@ -188,4 +189,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

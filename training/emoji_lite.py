@@ -13,6 +13,8 @@ from pathlib import Path
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ..command import run_command
+
 
 COLUMNS = ["image", "captions", "label", "style", "hexcode", "family", "sibling_in_train", "split", "license"]
 QUESTIONS = {"caption": "Describe the image.", "name": "What is it?", "style": "Which style?"}
@@ -73,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

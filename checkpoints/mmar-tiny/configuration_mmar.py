@@ -294,8 +294,13 @@ class MMARConfig(PreTrainedConfig):
 def _check_reference(part: str, reference: Any) -> None:
     if part not in FROZEN_PARTS:
         raise ValueError(f"`frozen_parts` may hold {', '.join(FROZEN_PARTS)}; got {part!r}.")
-    known = {"repo_id", "revision", "sha256"}
-    if not isinstance(reference, dict) or not isinstance(reference.get("repo_id"), str) or reference.keys() - known:
+    kinds = {"repo_id": str, "revision": str | None, "sha256": dict | None}
+    if (
+        not isinstance(reference, dict)
+        or not reference.get("repo_id")
+        or reference.keys() - kinds.keys()
+        or not all(isinstance(value, kinds[name]) for name, value in reference.items())
+    ):
         raise ValueError(
             f"`frozen_parts[{part!r}]` must be a dict with `repo_id`, and `revision` or `sha256` where they are "
             f"known; got {reference!r}."

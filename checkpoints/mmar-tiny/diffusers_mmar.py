@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .pipeline_mmar import *  # noqa: F403
     from .plora_mmar import *  # noqa: F403
     from .processing_mmar import *  # noqa: F403
+    from .push_mmar import *  # noqa: F403
     from .quantization_mmar import *  # noqa: F403
     from .text_to_image_mmar import *  # noqa: F403
 

@@ -9,6 +9,7 @@ A reference is a repository at one commit, or a local folder with the SHA-256 of
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -90,9 +91,36 @@ def make_reference(part: str, repo_id: str, folder: str | Path, revision: str | 
     }
 
 
+def complete_references(parts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    r"""
+    Makes references to local folders that were written by hand hold anywhere on this machine, for these very weights.
+
+    Args:
+        parts (`dict`): References by part; a local folder may be relative and have no hashes.
+
+    Returns:
+        `dict`: The same, with absolute folders and the hashes of their files; repositories as they are.
+
+    Raises:
+        ValueError: If a local folder lacks weights files.
+    """
+    completed = {}
+    for part, reference in parts.items():
+        folder = Path(reference["repo_id"])
+        if reference.get("revision") is not None or not folder.is_dir():
+            completed[part] = reference
+        elif reference.get("sha256") is not None:
+            completed[part] = {**reference, "repo_id": str(folder.absolute())}
+        else:
+            completed[part] = make_reference(part, str(folder), folder)
+    return completed
+
+
 def is_local_reference(reference: dict[str, Any]) -> bool:
-    """Whether a reference names a folder, by its absolute path, and not a repository."""
-    return "sha256" in reference or Path(reference["repo_id"]).is_absolute()
+    """Whether a reference names a folder and not a repository."""
+    if reference.get("sha256") is not None or Path(reference["repo_id"]).is_absolute():
+        return True
+    return reference.get("revision") is None and Path(reference["repo_id"]).is_dir()
 
 
 def weights_files(part: str, folder: Path) -> list[Path]:
@@ -125,6 +153,17 @@ def weights_files(part: str, folder: Path) -> list[Path]:
             " Only safetensors are read. Copy or download the folder whole."
         )
     return [folder / name for name in names]
+
+
+def open_weights(file: Path) -> Any:
+    """Opens a safetensors file to read tensor by tensor; raises a `ValueError` if it is missing, broken or cut off."""
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"expected whole safetensors in {str(file)!r}; got a missing, broken or truncated file ({error}). Copy or "
+            "download it again."
+        ) from error
 
 
 def fetch_part(part: str, reference: dict[str, Any], **download: Any) -> list[Path]:
@@ -225,14 +264,8 @@ def joined_folder(
         files += fetch_part(part, reference, **download)
     weight_map = {}
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                weight_map |= dict.fromkeys(opened.keys(), str(file.absolute()))
-        except SafetensorError as error:
-            raise ValueError(
-                f"expected whole safetensors in {str(file)!r}; got a broken or truncated file ({error}). Copy or "
-                "download it again."
-            ) from error
+        with open_weights(file) as opened:
+            weight_map |= dict.fromkeys(opened.keys(), str(file.absolute()))
     with tempfile.TemporaryDirectory() as joined:
         for name in ("config.json", "generation_config.json"):
             if (folder / name).is_file():
@@ -257,7 +290,7 @@ def check_unchanged(state: dict[str, Tensor], parts: dict[str, dict[str, Any]], 
     given = set()
     for part, reference in parts.items():
         for file in fetch_part(part, reference, **download):
-            with safe_open(file, framework="pt") as opened:
+            with open_weights(file) as opened:
                 for source in opened.keys():
                     name = _name_in_mmar(part, source)
                     given.add(name)
@@ -286,7 +319,13 @@ def _name_in_mmar(part: str, source: str) -> str:
 
 
 def sha256_of(file: str | Path) -> str:
-    """SHA-256 of a file, in hex."""
+    """SHA-256 of a file, in hex; computed once per process as long as the file's size and time of change stay."""
+    state = Path(file).stat()
+    return _sha256(str(Path(file).resolve()), state.st_size, state.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1024)
+def _sha256(file: str, size: int, modified: int) -> str:
     digest = hashlib.sha256()
     with open(file, "rb") as opened:
         while chunk := opened.read(1 << 20):

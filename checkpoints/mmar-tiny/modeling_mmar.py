@@ -24,7 +24,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, ModelOutput
 
 from .card_mmar import card_for, count_parameters, make_model_card
-from .hub_mmar import export_remote_code, push_folder
+from .hub_mmar import export_remote_code
+from .push_mmar import push_folder
 from .configuration_mmar import IGNORE_INDEX, MMARConfig
 from .diffusion_mmar import (
     TIMESTEP_INITIAL_STD,
@@ -38,6 +39,7 @@ from .frozen_parts_mmar import (
     DOWNLOAD_ARGUMENTS,
     KEY_MAPPING,
     check_unchanged,
+    complete_references,
     is_local_reference,
     joined_folder,
     part_of,
@@ -476,6 +478,7 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             repo_id,
             frozen=frozen,
             tags=[tags] if isinstance(tags, str) else tags,
+            has_processor=False,
             commit_message=commit_message,
             **kwargs,
         )
@@ -486,21 +489,22 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         repo_id: str,
         frozen: str | None = None,
         tags: list[str] | None = None,
+        has_processor: bool = True,
         **kwargs,
     ) -> CommitInfo:
         """Uploads what `write` puts into a folder, this model among it; see `push_to_hub`."""
-        parts = self.config.frozen_parts
         with self._frozen_as(frozen):
             self._check_shareable()
+            parts = self.config.frozen_parts
             try:
                 # Where a part lay on this machine is nobody's business.
                 shared = {part: entry for part, entry in (parts or {}).items() if not is_local_reference(entry)}
                 self.config.frozen_parts = shared or None
-                return push_folder(write, repo_id, lambda name: self.model_card(name, tags), **kwargs)
+                return push_folder(write, repo_id, lambda name: self.model_card(name, tags, has_processor), **kwargs)
             finally:
                 self.config.frozen_parts = parts
 
-    def model_card(self, repo_id: str, tags: list[str] | None = None) -> ModelCard:
+    def model_card(self, repo_id: str, tags: list[str] | None = None, has_processor: bool = True) -> ModelCard:
         """
         The card of the folder that the model was loaded from, with its notices, for another repository; without one, a
         card of what the model itself tells. `python -m mmar.conversion.model_card` makes a fuller one.
@@ -509,7 +513,8 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         if self.name_or_path and readme.is_file():
             card = card_for(ModelCard.load(readme), repo_id)
         else:
-            card = make_model_card(self.config, repo_id, num_parameters=count_parameters(self))
+            counts = count_parameters(self)
+            card = make_model_card(self.config, repo_id, num_parameters=counts, has_processor=has_processor)
         card.data.tags = list(card.data.tags or [])
         card.data.tags += [tag for tag in tags or [] if tag not in card.data.tags]
         return card
@@ -531,7 +536,7 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         ways = {"include": "included", "reference": "referenced"}
         if frozen is not None and frozen not in ways:
             raise ValueError(f"`frozen` must be 'include' or 'reference'; got {frozen!r}.")
-        before = self.config.frozen_weights
+        before, parts = self.config.frozen_weights, self.config.frozen_parts
         frozen_weights = before if frozen is None else ways[frozen]
         if frozen_weights == "referenced" and not self.config.frozen_parts:
             raise ValueError(
@@ -540,9 +545,14 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             )
         self.config.frozen_weights = frozen_weights
         try:
+            if parts:
+                # They may have been set by hand since the config was made.
+                self.config.validate_architecture()
+            if frozen_weights == "referenced":
+                self.config.frozen_parts = complete_references(parts)
             yield
         finally:
-            self.config.frozen_weights = before
+            self.config.frozen_weights, self.config.frozen_parts = before, parts
 
     def _trained_state(self, state: dict[str, Tensor] | None, is_main_process: bool) -> dict[str, Tensor]:
         """The weights that no reference gives, once those that are left out are known to be what it names."""
@@ -557,7 +567,13 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             state = {name: value for name, value in state.items() if name not in self._tied_weights_keys}
         if is_main_process:
             check_unchanged(state, parts, **getattr(self, "_download_arguments", {}))
-        return {name: value for name, value in state.items() if part_of(name, parts) is None}
+        trained = {name: value for name, value in state.items() if part_of(name, parts) is None}
+        if is_main_process and not trained:
+            raise ValueError(
+                f"expected the trained weights in `state_dict`; got {len(state)} tensors, none of them trained. Leave "
+                "`state_dict` out to save the model's own."
+            )
+        return trained
 
     def freeze(self, train_backbone: bool = False) -> None:
         r"""

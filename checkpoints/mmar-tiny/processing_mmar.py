@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import CommitInfo
 from PIL import Image
 from transformers import AddedToken, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
+from .push_mmar import push_folder
 from .configuration_mmar import IGNORE_INDEX
 from .image_processing_mmar import MMARImageProcessor, MMARImageProcessorKwargs
 
@@ -541,6 +543,23 @@ class MMARProcessor(ProcessorMixin):
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
         return files
+
+    def push_to_hub(self, repo_id: str, *, commit_message: str = "Upload MMARProcessor", **kwargs: Any) -> CommitInfo:
+        r"""
+        Uploads what `save_pretrained` writes, as one commit. `MMARPipeline` uploads the whole folder, with the model.
+
+        Args:
+            repo_id (`str`): Repository, made if it does not exist.
+            commit_message (`str`, *optional*): Title of the commit.
+            **kwargs: `commit_description`, `private`, `token`, `revision` (a branch) and `create_pr`.
+
+        Returns:
+            `huggingface_hub.CommitInfo`
+
+        Raises:
+            ValueError: If there is no token that may write, the Hub cannot be reached, or the upload broke.
+        """
+        return push_folder(self.save_pretrained, repo_id, commit_message=commit_message, **kwargs)
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs) -> list:

@@ -89,10 +89,11 @@ def test_card_is_made(pushed, hub):
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "any-to-any"
     assert {"mmar", "text-to-image", "diffusers"} <= set(card.data.tags)
     assert card.data.license is None and "Not stated." in card.text  # nothing invented
-    assert '"me/pipe.v1"' in card.text
+    assert '"me/pipe.v1"' in card.text and "need the processor" not in card.text
     parts = hub.repos["me/parts"]
     files = parts.commits[parts.branches["main"]]
-    assert "squares" in ModelCard(files["README.md"].decode()).data.tags
+    card = ModelCard(files["README.md"].decode())
+    assert "squares" in card.data.tags and "need the processor" in card.text
     assert {"model.safetensors", "config.json", "processor_config.json", "tokenizer.json"} <= set(files)
 
 
@@ -152,16 +153,19 @@ result = [
     raised(lambda: MMARForConditionalGeneration.from_pretrained("me/pipe.v1")),
     raised(lambda: pipe.push_to_hub("me/other")),
     raised(lambda: pipe.model.push_to_hub("me/other", token="hf_wrong")),
+    raised(lambda: pipe.processor.push_to_hub("me/other", token="hf_wrong")),
     raised(lambda: pipe.push_to_hub("not a name")),
+    raised(lambda: pipe.push_to_hub(None)),
 ]
 """,
         tmp_path,
         url,
     )
     assert result[0][0] == "OSError" and "me/pipe.v1" in result[0][1]
-    for kind, message in result[1:3]:
+    for kind, message in result[1:4]:
         assert kind == "ValueError" and re.search("expected a token that may write to 'me/other'.*`token`", message)
-    assert result[3] == ["ValueError", "`repo_id` must be 'OWNER/NAME' or 'NAME'; got 'not a name'."]
+    for (kind, message), name in zip(result[4:], ("'not a name'", None), strict=True):
+        assert (kind, message) == ("ValueError", f"`repo_id` must be 'OWNER/NAME' or 'NAME'; got {name}.")
 
 
 def test_broken_upload_goes_on(hub, url, home, hub_root):
@@ -176,7 +180,7 @@ result = raised(lambda: pipe.push_to_hub("me/broken", max_shard_size="200KB"))
         kind, message = run_fresh(push, home, url, TOKEN)
     finally:
         hub.break_after = None
-    assert kind == "ValueError" and "Try again" in message
+    assert kind == "ValueError" and "Check the network and try again" in message
     assert len(hub.uploads) == before + 1
     assert list(hub.repos["me/broken"].commits[hub.repos["me/broken"].branches["main"]]) == [".gitattributes"]
     assert run_fresh(push, home, url, TOKEN)[0] == "nothing"

@@ -212,6 +212,32 @@ def test_broken_references(referenced, folders, tmp_path):
         MMARForConditionalGeneration.from_pretrained(referenced).save_pretrained(tmp_path / "out", frozen="both")
 
 
+def test_references_written_by_hand_are_checked_and_completed(folders, tmp_path, monkeypatch):
+    init(folders, tmp_path / "mmar")
+    model = MMARForConditionalGeneration.from_pretrained(tmp_path / "mmar")
+    bad = [
+        ({"vae": "runs/kl16"}, r"`frozen_parts\['vae'\]` must be a dict with `repo_id`"),
+        ({"vae": {"revision": "main"}}, r"`frozen_parts\['vae'\]` must be a dict with `repo_id`"),
+        ({"vae": {"repo_id": "a/b", "revision": 3}}, r"`frozen_parts\['vae'\]` must be a dict with `repo_id`"),
+        ({"head": {"repo_id": "a/b"}}, "`frozen_parts` may hold backbone, vae; got 'head'"),
+    ]
+    known = model.config.frozen_parts
+    for parts, message in bad:
+        model.config.frozen_parts = parts
+        with pytest.raises(ValueError, match=message):
+            model.save_pretrained(tmp_path / "bad", frozen="reference")
+    assert not (tmp_path / "bad").exists()
+    # A relative folder becomes an absolute one with hashes: it holds wherever the model is opened from.
+    monkeypatch.chdir(folders)
+    model.config.frozen_parts = {"backbone": known["backbone"], "vae": {"repo_id": "vae"}}
+    model.save_pretrained(tmp_path / "out", frozen="reference")
+    assert model.config.frozen_parts["vae"] == {"repo_id": "vae"}  # as it was
+    with pytest.raises(ValueError, match="expected the trained weights in `state_dict`; got 0 tensors"):
+        model.save_pretrained(tmp_path / "empty", frozen="reference", state_dict={})
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["frozen_parts"]["vae"]
+    assert written == known["vae"]
+
+
 def test_local_references_are_not_pushed(referenced):
     pipe = MMARPipeline.from_pretrained(referenced)
     for pushed in (pipe, pipe.model):
@@ -257,6 +283,16 @@ def _bad_parts(case, folders, tmp_path):
         options["preset"] = "mmar-9b"
     elif case == "repository":
         options["backbone"] = "Qwen/Qwen2-7B-Instruct"
+    elif case == "cut backbone":
+        file = backbone / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-100])
+    elif case == "cut vae":
+        file = vae / "diffusion_pytorch_model.safetensors"
+        file.write_bytes(file.read_bytes()[:1000])
+    elif case == "shards":
+        options["max_shard_size"] = "0GB"
+    elif case == "shard size":
+        options["max_shard_size"] = "abc"
     elif case == "dtype":
         options["dtype"] = "int8"
     return options
@@ -277,6 +313,10 @@ def _bad_parts(case, folders, tmp_path):
         ("no vae", "expected the folder of a diffusers AutoencoderKL"),
         ("preset", "`preset` must be one of mmar-0.5b, mmar-7b, mmar-tiny"),
         ("repository", "'Qwen/Qwen2-7B-Instruct' cannot be had.*the network"),
+        ("cut backbone", "qwen2/model.safetensors'; got a missing, broken or truncated file"),
+        ("cut vae", "diffusion_pytorch_model.safetensors'; got a missing, broken or truncated file"),
+        ("shards", "`max_shard_size` must be above 0 bytes.*got '0GB'"),
+        ("shard size", "`max_shard_size` must be above 0 bytes.*got 'abc'"),
         ("dtype", "`dtype` one of auto, float32"),
     ],
 )

@@ -92,6 +92,13 @@ def test_import_takes_what_peft_wrote(tmp_path):
         ("dora", "without use_dora"),
         ("missing", "1 are missing .*layers.0.mlp.up_proj.image_A"),
         ("left over", "1 left over .*model.language_model.layers.9"),
+        ("alpha", "expected a `lora_alpha` above 0 .*got nan"),
+        ("no rank", "expected the rank 4.*got None"),
+        ("text", "adapter_config.json' cannot be read .names and values expected"),
+        ("targets", "without target_parameters"),
+        ("twice", "got 43 tensors for 42 factors, some under two names"),
+        ("nan", "up_proj.image_A of finite numbers .*got torch.float32"),
+        ("integers", "up_proj.image_A of finite numbers .*got torch.int64"),
         ("shape", r"image_A of shape \(4, 64\); the adapter has \(4, 32\)"),
     ],
 )
@@ -101,13 +108,26 @@ def test_bad_adapters_change_nothing(tmp_path, case, message):
     before = {name: value.clone() for name, value in plora_of(model).items()}
     settings_file, weights_file = (tmp_path / "adapter" / f"adapter_{n}" for n in ("config.json", "model.safetensors"))
     settings, tensors = json.loads(settings_file.read_text()), load_file(weights_file)
-    settings |= {"rank": {"r": 2}, "kind": {"peft_type": "LOHA"}, "dora": {"use_dora": True}}.get(case, {})
-    settings_file.write_text(json.dumps(settings))
+    settings |= {
+        "rank": {"r": 2},
+        "no rank": {"r": None},
+        "kind": {"peft_type": "LOHA"},
+        "dora": {"use_dora": True},
+        "alpha": {"lora_alpha": float("nan")},
+        "targets": {"target_parameters": ["up_proj.weight"]},
+    }.get(case, {})
+    settings_file.write_text(json.dumps([] if case == "text" else settings))
     name = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
     if case == "missing":
         del tensors[name]
     elif case == "left over":
         tensors[name.replace("layers.0", "layers.9")] = tensors[name].clone()
+    elif case == "twice":
+        tensors[name.replace("model.layers", "model.language_model.layers")] = tensors[name].clone()
+    elif case == "nan":
+        tensors[name][0, 0] = float("nan")
+    elif case == "integers":
+        tensors[name] = torch.ones_like(tensors[name], dtype=torch.long)
     elif case == "shape":
         tensors[name] = torch.zeros(4, 32)
     save_file(tensors, weights_file)

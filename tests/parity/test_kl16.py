@@ -163,6 +163,8 @@ def _broken(case, folder):
         torch.save({f"encoder.down_blocks.0.{i}": torch.zeros(1) for i in range(3)}, file)
     elif case == "language model":
         torch.save({f"model.layers.{i}.mlp.up_proj.weight": torch.zeros(1) for i in range(20)}, file)
+    elif case == "numbers":
+        torch.save({1: torch.zeros(1)}, file)
     elif case == "list":
         torch.save([torch.zeros(1)], file)
     return file
@@ -184,6 +186,7 @@ def _broken(case, folder):
         ("vq", "VQ autoencoder"),
         ("diffusers", "diffusers' layout"),
         ("language model", "got model.layers.*and 12 more"),
+        ("numbers", "expected a KL autoencoder in CompVis' layout.*got 1"),
         ("list", "expected a dict of tensors"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -198,6 +199,24 @@ def test_bad_input(vae_folder, pictures, tmp_path, monkeypatch):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "qwen2"}')
     cases.append((lambda: load_vae(tmp_path / "other"), "is of a 'qwen2'"))
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "config.json").write_text("[]")
+    cases.append((lambda: load_vae(tmp_path / "list"), "expected names and values in"))
+    for case, message in (("missing", "safetensors missing"), ("cut", "truncated file"), ("other", "do not agree")):
+        broken = tmp_path / f"{case} vae"
+        shutil.copytree(vae_folder, broken)
+        weights = broken / "diffusion_pytorch_model.safetensors"
+        if case == "missing":
+            weights.unlink()
+        elif case == "cut":
+            weights.write_bytes(weights.read_bytes()[:-100])
+        else:
+            config = json.loads((broken / "config.json").read_text())
+            (broken / "config.json").write_text(json.dumps(config | {"latent_channels": 8}))
+        cases.append((lambda broken=broken: load_vae(broken), message))
+    for size in (0, 7, -8):
+        message = f"must be a multiple of 2.*got {size}"
+        cases.append((lambda size=size: measure(load_vae(vae_folder)[0], iter([]), size), message))
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
             call()

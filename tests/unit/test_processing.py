@@ -458,7 +458,7 @@ assert AutoImageProcessor.from_pretrained("folder", trust_remote_code=True).size
 
 
 # The processor's own file and what it imports.
-PROCESSOR_FILES = {"configuration_mmar.py", "image_processing_mmar.py", "processing_mmar.py"}
+PROCESSOR_FILES = {"configuration_mmar.py", "image_processing_mmar.py", "processing_mmar.py", "push_mmar.py"}
 
 
 def test_remote_code(processor, tmp_path):

@@ -1,0 +1,64 @@
+"""Commands end with one line that says what is wrong."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = sorted(
+    path
+    for folder in ("conversion", "evaluation", "training")
+    for path in (ROOT / folder).rglob("*.py")
+    if "__main__" in path.read_text(encoding="utf-8")
+)
+
+
+def run(module: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | environment,
+    )
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
+def test_every_command_is_run_so(path: Path):
+    last = ast.unparse(ast.parse(path.read_text(encoding="utf-8")).body[-1])
+    assert last == "if __name__ == '__main__':\n    run_command(main)"
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        (
+            "conversion.convert_kl16",
+            ["no.ckpt", "out"],
+            "error: expected a checkpoint file; there is none",
+        ),
+        ("conversion.model_card", ["nowhere"], "error: expected the folder of an MMAR; 'nowhere' has no readable"),
+        (
+            "conversion.model_card",
+            ["checkpoints/mmar-tiny", "--facts", "LICENSE"],
+            "error: expected the facts of",
+        ),
+        ("training.train", ["no.yaml"], "error: expected a recipe (a YAML file) as first argument; got ['no.yaml']."),
+    ],
+)
+def test_one_line_says_what_is_wrong(module, arguments, message):
+    done = run(f"mmar.{module}", *arguments)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 1 and not done.stdout
+    assert lines[-1].startswith(message) and lines[-1].endswith(" (MMAR_TRACEBACK=1 shows where)")
+    assert "Traceback" not in done.stderr and sum(line.startswith("error:") for line in lines) == 1
+
+
+def test_traceback_when_asked():
+    done = run("mmar.conversion.convert_kl16", "no.ckpt", "out", MMAR_TRACEBACK="1")
+    assert done.returncode == 1 and "Traceback" in done.stderr
