@@ -53,7 +53,9 @@ train-tiny: runs/vae/report.json
 		--vae runs/vae --out runs/init
 	$(BIN)/python -m mmar.training.train training/recipes/mmar_tiny.yaml model=runs/init \
 		data=checkpoints/emoji-lite/train.parquet output_dir=runs/mmar-tiny $(TRAIN_OPTIONS)
-	$(BIN)/python -m mmar.conversion.export runs/mmar-tiny/final checkpoints/mmar-tiny --guidance_scale 2.0
+	$(BIN)/python -m mmar.training.train training/recipes/mmar_tiny_answers.yaml model=runs/mmar-tiny/final \
+		data=checkpoints/emoji-lite/train.parquet output_dir=runs/mmar-tiny-answers $(TRAIN_OPTIONS)
+	$(BIN)/python -m mmar.conversion.export runs/mmar-tiny-answers/final checkpoints/mmar-tiny --guidance_scale 2.0
 
 evaluate-tiny: $(VENV)/.done
 	$(BIN)/python -m mmar.evaluation.emoji_styles checkpoints/mmar-tiny --data checkpoints/emoji-lite/test.parquet \
