@@ -27,6 +27,10 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=kind, help="new default of image generation")
     args = parser.parse_args()
 
+    if Path(args.source).resolve() == args.out.resolve():
+        raise ValueError(
+            f"expected another folder than {args.source!r} to write to: its weights would be overwritten."
+        )
     model = MMARForConditionalGeneration.from_pretrained(args.source, dtype=DTYPES[args.dtype])
     scheduler = model.default_scheduler()
     if (Path(args.source) / "scheduler").is_dir():

@@ -267,7 +267,11 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace a scale that was measured before")
     parser.add_argument("--dry_run", action="store_true", help="measure, and write nothing")
     args = parser.parse_args()
-    if not 0 < args.tolerance < math.inf or args.batch_size < 1 or (args.max_pictures or 1) < 1:
+    if (
+        not 0 < args.tolerance < math.inf
+        or args.batch_size < 1
+        or (args.max_pictures is not None and args.max_pictures < 1)
+    ):
         parser.error("--tolerance must be above 0, --batch_size and --max_pictures at least 1")
 
     vae, config = load_vae(args.folder)

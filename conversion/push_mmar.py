@@ -92,7 +92,11 @@ def _explained_errors(repo_id: str) -> Iterator[None]:
         raise error.__cause__ from None
     except HFValidationError as error:
         raise ValueError(f"`repo_id` must be 'OWNER/NAME' or 'NAME'; got {repo_id!r}.") from error
-    except (HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, RuntimeError) as error:
+    except OfflineModeIsEnabled as error:
+        raise ValueError(
+            f"expected the Hub to upload to {repo_id!r}; HF_HUB_OFFLINE is set. Unset it and try again."
+        ) from error
+    except (HTTPError, LocalTokenNotFoundError, RuntimeError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403) or isinstance(error, LocalTokenNotFoundError):
             raise ValueError(

@@ -109,7 +109,7 @@ def complete_references(parts: dict[str, dict[str, Any]]) -> dict[str, dict[str,
         folder = Path(reference["repo_id"])
         if reference.get("revision") is not None or not folder.is_dir():
             completed[part] = reference
-        elif reference.get("sha256") is not None:
+        elif reference.get("sha256"):
             completed[part] = {**reference, "repo_id": str(folder.absolute())}
         else:
             completed[part] = make_reference(part, str(folder), folder)
@@ -193,8 +193,14 @@ def fetch_part(part: str, reference: dict[str, Any], **download: Any) -> list[Pa
         )
     if is_local:
         files = weights_files(part, Path(repo_id))
+        hashes = reference.get("sha256") or {}
+        if hashes and (unknown := [file.name for file in files if file.name not in hashes]):
+            raise ValueError(
+                f"expected {what} with the SHA-256 of each of its files; {', '.join(unknown)} missing in "
+                f"`config.frozen_parts[{part!r}]['sha256']`. Complete it, or leave `sha256` out."
+            )
         for file in files:
-            expected = (reference.get("sha256") or {}).get(file.name)
+            expected = hashes.get(file.name)
             if expected is not None and (got := sha256_of(file)) != expected:
                 raise ValueError(
                     f"expected {what}; {str(file)!r} has changed: its SHA-256 is {got}, not {expected}. Restore the "

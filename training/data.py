@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
@@ -46,7 +47,12 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         ValueError: If a column is missing, the file has no rows, or a row lacks its picture, has no caption, an empty
             text, questions and answers of unequal number, or an unknown kind or a swap that is not in its answer.
     """
-    table = pq.read_table(path)
+    if not Path(path).is_file():
+        raise ValueError(f"expected a parquet file; there is none at {str(path)!r}. Check the path.")
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"expected a parquet file at {str(path)!r}; it cannot be read ({error}).") from error
     missing = {"image", "captions", "questions", "answers"} - set(table.column_names)
     if missing:
         raise ValueError(
@@ -81,14 +87,19 @@ def _check_row(row: dict[str, Any], name: str) -> None:
             f"{name} must have one answer per question; got {len(row['questions'])} questions and "
             f"{len(row['answers'])} answers."
         )
-    legal = {"depends_on": f"one of {', '.join(KINDS)}", "swaps": "a text that stands in it once, or null"}
+    legal = {
+        "depends_on": f"one of {', '.join(KINDS)}",
+        "swaps": "a text that stands in it once, before a space, or null",
+    }
     for column, what in legal.items():
         if row.get(column) is None:
             continue
         values = row[column]
         good = isinstance(values, list) and len(values) == len(row["answers"])
         for value, answer in zip(values, row["answers"], strict=True) if good else ():
+            # Something must follow that can be learned, and begin a token of its own.
             is_part = isinstance(value, str) and bool(value.strip()) and answer.count(value) == 1
+            is_part = is_part and answer.partition(value)[2][:1].isspace()
             good &= value in KINDS if column == "depends_on" else value is None or is_part
         if not good:
             raise ValueError(f"{name} must have `{column}` with, for each answer, {what}; got {values!r}.")

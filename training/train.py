@@ -12,12 +12,13 @@ import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
 import torch
 import yaml
-from transformers import HfArgumentParser, set_seed
+from transformers import HfArgumentParser, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..command import run_command
@@ -72,28 +73,37 @@ def parse(arguments: list[str]) -> tuple[DataArguments, MMARTrainingArguments]:
     """
     if not arguments or not Path(arguments[0]).is_file():
         raise ValueError(f"expected a recipe (a YAML file) as first argument; got {arguments[:1]}.")
-    values = yaml.safe_load(Path(arguments[0]).read_text()) or {}
+    values = _yaml(Path(arguments[0]).read_text(encoding="utf-8"), arguments[0]) or {}
     if not isinstance(values, dict):
         raise ValueError(f"expected a recipe of `key: value` lines in {arguments[0]}; got a {type(values).__name__}.")
     for argument in arguments[1:]:
         key, found, value = argument.partition("=")
         if not found:
             raise ValueError(f"expected key=value after the recipe; got {argument!r}.")
-        values[key] = yaml.safe_load(value)
-    if missing := [key for key in ("model", "data", "output_dir") if key not in values]:
+        values[key] = _yaml(value, key)
+    if missing := [key for key in ("model", "data", "output_dir") if values.get(key) is None]:
         raise ValueError(f"the training needs {', '.join(missing)}; give them as key=value.")
     kinds = {f.name: f.type for part in (DataArguments, MMARTrainingArguments) for f in dataclasses.fields(part)}
     values = {name: _typed(name, value, kinds[name]) if name in kinds else value for name, value in values.items()}
     return HfArgumentParser((DataArguments, MMARTrainingArguments)).parse_dict(values)
 
 
+def _yaml(text: str, name: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"expected YAML in {name!r}; it cannot be read ({error}).") from error
+
+
 def _typed(name: str, value: Any, kind: Any) -> Any:
     """A value of a recipe as its field's type; YAML 1.1 reads 1e-3 as text, and any text as true."""
     kinds = set(get_args(kind)) if get_origin(kind) in (Union, UnionType) else {kind}
-    if value is None:
+    if value is None and (NoneType in kinds or not kinds & {bool, int, float, str}):
         return value
+    if kinds - {NoneType} == {str} and not isinstance(value, str):
+        raise ValueError(f"`{name}` must be a text; got {value!r}.")
     expected = next((k for k in (bool, int, float) if k in kinds), None)
-    if expected is None or str in kinds:
+    if expected is None or (str in kinds and value is not None):
         return value
     if expected is float and not isinstance(value, bool):
         with contextlib.suppress(TypeError, ValueError):
@@ -126,8 +136,16 @@ def check_same_vae(checkpoint: str, model: MMARForConditionalGeneration) -> None
         )
 
 
+def num_steps(checkpoint: str) -> int:
+    """Steps that a checkpoint was trained for."""
+    return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
+
+
 def main() -> None:
     data_args, args = parse(sys.argv[1:])
+    rows = read_rows(data_args.data)
+    if data_args.swap_rate > 0 and not any(row.get("swaps") for row in rows):
+        raise ValueError("`swap_rate` needs swaps in `data`; no row has them. Set it to 0, or add the column.")
     # Saved in bfloat16 or not, the weights are trained in float32; `bf16: true` is autocast.
     model = MMARForConditionalGeneration.from_pretrained(
         data_args.model, dtype="float32", attn_implementation=data_args.attn_implementation
@@ -136,7 +154,7 @@ def main() -> None:
     model.to(args.device)
     model.config.diffusion_config.diffusion_batch_mul = data_args.diffusion_batch_mul
     processor = MMARProcessor.from_pretrained(data_args.model)
-    dataset = MMARLatentDataset(read_rows(data_args.data), model, processor, data_args.num_copies)
+    dataset = MMARLatentDataset(rows, model, processor, data_args.num_copies)
     collator = MMARDataCollator(
         processor,
         model.config.num_latents,
@@ -150,7 +168,12 @@ def main() -> None:
     last = get_last_checkpoint(args.output_dir) if data_args.resume and Path(args.output_dir).is_dir() else None
     if last is not None:
         check_same_vae(last, model)
-    trainer.train(resume_from_checkpoint=last)
+    if last is not None and 0 < args.max_steps <= num_steps(last):
+        # transformers would take one more step.
+        print(f"{last} has all of `max_steps`, {args.max_steps}; writing its final weights.")
+        trainer.load_checkpoint(last)
+    else:
+        trainer.train(resume_from_checkpoint=last)
     with trainer.ema_weights():
         trainer.save_model(str(Path(args.output_dir) / "final"))
 

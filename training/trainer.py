@@ -230,6 +230,10 @@ class MMARTrainer(Trainer):
             self.ema.save(folder)
         super()._save_checkpoint(model, trial)
 
+    def load_checkpoint(self, folder: str) -> None:
+        """Loads the weights of a checkpoint and their EMA, to evaluate or save them; `train` resumes a training."""
+        self._load_from_checkpoint(folder)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.ema is not None:

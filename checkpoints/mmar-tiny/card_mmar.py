@@ -299,5 +299,7 @@ def read_evaluation(path: str | Path) -> dict[str, Any]:
         evaluation = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"expected the result of an evaluation in {str(path)!r}; {error}.") from error
+    if not isinstance(evaluation, dict):
+        raise ValueError(f"expected the result of an evaluation in {str(path)!r}; got {evaluation!r}.")
     _eval_results(evaluation)
     return evaluation

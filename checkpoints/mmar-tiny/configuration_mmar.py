@@ -294,6 +294,9 @@ class MMARConfig(PreTrainedConfig):
 def _check_reference(part: str, reference: Any) -> None:
     if part not in FROZEN_PARTS:
         raise ValueError(f"`frozen_parts` may hold {', '.join(FROZEN_PARTS)}; got {part!r}.")
+    hashes = reference.get("sha256") if isinstance(reference, dict) else None
+    if isinstance(hashes, dict) and not all(isinstance(text, str) for entry in hashes.items() for text in entry):
+        raise ValueError(f"`frozen_parts[{part!r}]['sha256']` must be hashes by file name; got {hashes!r}.")
     kinds = {"repo_id": str, "revision": str | None, "sha256": dict | None}
     if (
         not isinstance(reference, dict)

@@ -534,7 +534,7 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
     def _frozen_as(self, frozen: str | None) -> Iterator[None]:
         """Has the config say, while it is written, whether the frozen weights are beside it."""
         ways = {"include": "included", "reference": "referenced"}
-        if frozen is not None and frozen not in ways:
+        if frozen is not None and (not isinstance(frozen, str) or frozen not in ways):
             raise ValueError(f"`frozen` must be 'include' or 'reference'; got {frozen!r}.")
         before, parts = self.config.frozen_weights, self.config.frozen_parts
         frozen_weights = before if frozen is None else ways[frozen]

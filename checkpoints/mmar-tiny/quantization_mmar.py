@@ -52,6 +52,11 @@ def for_backbone_only(quantization_config: Any) -> QuantizationConfigMixin:
                 "`quantization_config` must be a `TorchAoConfig` or a `BitsAndBytesConfig`; got "
                 f"{quantization_config!r} ({error})."
             ) from error
+        except ImportError as error:
+            raise ImportError(
+                f"`quantization_config` {quantization_config!r} needs a package that is not installed ({error}); "
+                "`pip install torchao`."
+            ) from error
     method = getattr(quantization_config, "quant_method", None)
     method = str(getattr(method, "value", method))
     if method not in SKIPPED_MODULES or not isinstance(quantization_config, QuantizationConfigMixin):

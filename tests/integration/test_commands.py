@@ -82,6 +82,13 @@ def test_from_pictures_to_an_evaluated_checkpoint(tmp_path, data, monkeypatch, c
     state = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4]
 
+    # All done: a further start writes the final weights again, and trains no further.
+    final = (tmp_path / "run" / "final" / "model.safetensors").read_bytes()
+    (tmp_path / "run" / "final" / "model.safetensors").unlink()
+    run(train, monkeypatch, *recipe, f"model={init}", "max_steps=4")
+    assert (tmp_path / "run" / "final" / "model.safetensors").read_bytes() == final
+    assert not (tmp_path / "run" / "checkpoint-5").exists()
+
     # A model with a VAE of its own would be trained on latents that the checkpoint's VAE does not make.
     other = make_init(tmp_path, data, monkeypatch, 1)
     with pytest.raises(ValueError, match="expected the VAE of `model` in the checkpoint .*Set `resume=false`"):

@@ -219,6 +219,7 @@ def test_references_written_by_hand_are_checked_and_completed(folders, tmp_path,
         ({"vae": "runs/kl16"}, r"`frozen_parts\['vae'\]` must be a dict with `repo_id`"),
         ({"vae": {"revision": "main"}}, r"`frozen_parts\['vae'\]` must be a dict with `repo_id`"),
         ({"vae": {"repo_id": "a/b", "revision": 3}}, r"`frozen_parts\['vae'\]` must be a dict with `repo_id`"),
+        ({"vae": {"repo_id": "a/b", "sha256": {"model.safetensors": None}}}, "must be hashes by file name"),
         ({"head": {"repo_id": "a/b"}}, "`frozen_parts` may hold backbone, vae; got 'head'"),
     ]
     known = model.config.frozen_parts
@@ -227,6 +228,9 @@ def test_references_written_by_hand_are_checked_and_completed(folders, tmp_path,
         with pytest.raises(ValueError, match=message):
             model.save_pretrained(tmp_path / "bad", frozen="reference")
     assert not (tmp_path / "bad").exists()
+    model.config.frozen_parts = {"vae": {"repo_id": str(folders / "vae"), "sha256": {"typo.safetensors": "00"}}}
+    with pytest.raises(ValueError, match="SHA-256 of each of its files; diffusion_pytorch_model.safetensors missing"):
+        model.save_pretrained(tmp_path / "bad", frozen="reference")
     # A relative folder becomes an absolute one with hashes: it holds wherever the model is opened from.
     monkeypatch.chdir(folders)
     model.config.frozen_parts = {"backbone": known["backbone"], "vae": {"repo_id": "vae"}}

@@ -186,6 +186,11 @@ def test_yaml_values_become_the_types_of_their_fields(tmp_path):
     assert parse([*base, "learning_rate=1e-3"])[1].learning_rate == 1e-3  # a string in YAML 1.1
     for override, message in (
         ("max_steps=abc", "`max_steps` must be an integer; got 'abc'"),
+        ("swap_rate=null", "`swap_rate` must be a number; got None"),
+        ("seed=", "`seed` must be an integer; got None"),
+        ("output_dir=null", "the training needs output_dir"),
+        ("data=5", "`data` must be a text; got 5"),
+        ("swap_rate=[", "expected YAML in 'swap_rate'"),
         ("ema_decay=a", "`ema_decay` must be a number; got 'a'"),
         ("resume='no'", "`resume` must be true or false; got 'no'"),
         ("mask_ratio_min=1.0", r"`mask_ratio_min` must be in \[0, 1\)"),

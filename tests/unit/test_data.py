@@ -164,10 +164,19 @@ def test_read_rows_names_missing_columns(tmp_path):
         ("image", b"", "must hold its picture's file"),
         ("depends_on", ["picture", "mood"], "`depends_on` with, for each answer, one of picture, content, style"),
         ("depends_on", ["picture"], "`depends_on` with, for each answer, one of picture, content, style; got"),
-        ("swaps", ["yellow", None], "`swaps` with, for each answer, a text that stands in it once, or null; got"),
+        (
+            "swaps",
+            ["yellow", None],
+            "`swaps` with, for each answer, a text that stands in it once, before a space, or null; got",
+        ),
         ("swaps", ["e", None], "stands in it once"),
+        ("swaps", [None, "square"], "stands in it once, before a space"),
         ("swaps", [5, None], "stands in it once"),
-        ("swaps", ["", None], "`swaps` with, for each answer, a text that stands in it once, or null; got"),
+        (
+            "swaps",
+            ["", None],
+            "`swaps` with, for each answer, a text that stands in it once, before a space, or null; got",
+        ),
     ],
 )
 def test_read_rows_refuses_bad_rows(tmp_path, column, value, message):
@@ -191,6 +200,17 @@ def test_texts_are_tried_before_training(processor):
         MMARLatentDataset([], tiny_model(), processor)
     with pytest.raises(ValueError, match="`task_weights` must be one number per task"):
         MMARDataCollator(processor, 16, (1, 0))
+
+
+def test_read_rows_refuses_what_is_no_parquet(tmp_path):
+    (tmp_path / "text.parquet").write_text("no parquet")
+    for path, message in (
+        ("none.parquet", "there is none at"),
+        (".", "there is none at"),
+        ("text.parquet", "be read"),
+    ):
+        with pytest.raises(ValueError, match=f"expected a parquet file.*{message}"):
+            read_rows(tmp_path / path)
 
 
 def test_read_rows_refuses_an_empty_file(tmp_path):
