@@ -111,7 +111,11 @@ def sample_orders(num_images: int, num_latents: int, generators: list[torch.Gene
 
 
 def sample_latent_mask(
-    num_images: int, num_latents: int, minimum: float, generator: torch.Generator | None = None
+    num_images: int,
+    num_latents: int,
+    minimum: float,
+    generator: torch.Generator | None = None,
+    mask_ratios: Tensor | None = None,
 ) -> Tensor:
     r"""
     Hides a random part of each picture for training; at least one latent is hidden.
@@ -121,11 +125,12 @@ def sample_latent_mask(
         num_latents (`int`): N, tokens per picture.
         minimum (`float`): Lower bound of the mask ratio.
         generator (`torch.Generator`, *optional*): Source of randomness.
+        mask_ratios (`torch.FloatTensor` of shape `(num_images,)`, *optional*): In place of drawn ones.
 
     Returns:
         `torch.BoolTensor` of shape `(num_images, num_latents)`: True where a latent is hidden.
     """
-    ratios = sample_mask_ratios(num_images, minimum, generator)
+    ratios = sample_mask_ratios(num_images, minimum, generator) if mask_ratios is None else mask_ratios
     num_hidden = (ratios * num_latents).ceil().long().clamp(1, num_latents)
     ranks = torch.rand(num_images, num_latents, generator=generator, device=ratios.device).argsort(-1).argsort(-1)
     return ranks < num_hidden[:, None]

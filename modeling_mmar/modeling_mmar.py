@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import CommitInfo, ModelCard
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ from .diffusion_mmar import (
     MMARDiffusionLinear,
     MMARDiffusionMLP,
     cosine_alphas_cumprod,
-    diffusion_loss,
+    diffusion_losses,
 )
 from .embedding_vit_mmar import MMAREmbeddingViT, MMARLatentEncoder, MMARViTLinear
 from .frozen_parts_mmar import (
@@ -47,6 +48,7 @@ from .frozen_parts_mmar import (
 from .generation_mmar import MMARImageGenerationMixin
 from .masking_mmar import cached_position_ids, image_block_ids, shared_position_ids
 from .plora_mmar import MMARQwen2Model
+from .prefix_mmar import num_prefix_tokens
 from .quantization_mmar import for_backbone_only, plora_aware_quantizers
 
 
@@ -69,6 +71,9 @@ class MMARCausalLMOutputWithPast(ModelOutput):
         hidden_states (`tuple(torch.FloatTensor)`, *optional*): Of each layer, each `(B, L, D)`.
         attentions (`tuple(torch.FloatTensor)`, *optional*): Of each layer, each `(B, heads, L, L)`.
         image_hidden_states (`torch.FloatTensor` of shape `(I, N, D)`, *optional*): The LLM's output z at image tokens.
+        token_losses (`torch.FloatTensor` of shape `(diffusion_batch_mul, M)`, *optional*): The image loss of each of
+            the M hidden latents, in reading order, at each of its timesteps; without gradient.
+        timesteps (`torch.LongTensor` of shape `(diffusion_batch_mul, M)`, *optional*): Those timesteps.
     """
 
     loss: Tensor | None = None
@@ -79,6 +84,8 @@ class MMARCausalLMOutputWithPast(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None
+    token_losses: Tensor | None = None
+    timesteps: Tensor | None = None
 
 
 class _KeepsDtype(nn.Module):
@@ -206,9 +213,17 @@ class MMARModel(MMARPreTrainedModel):
         self._check_images(image_token_mask, latent_tokens)
 
         # 1. Embed the text; the placeholder's own embedding is never read.
+        text_needs_gradient = inputs_embeds is not None and inputs_embeds.requires_grad
         if inputs_embeds is None:
             text_ids = input_ids if image_token_mask is None else input_ids.masked_fill(image_token_mask, 0)
             inputs_embeds = self.language_model.embed_tokens(text_ids)
+            # Not whether it requires one, which transformers sets for gradient checkpointing.
+            text_needs_gradient = inputs_embeds.grad_fn is not None
+        num_prefix = 0
+        if self.training and past_key_values is None and not text_needs_gradient:
+            num_prefix = num_prefix_tokens(
+                self.language_model, image_token_mask, attention_mask, kwargs.get("output_attentions")
+            )
 
         # 2. Embed the pictures and put them in their places (Fig. 2).
         if image_token_mask is not None:
@@ -252,6 +267,7 @@ class MMARModel(MMARPreTrainedModel):
             past_key_values=past_key_values,
             use_cache=use_cache,
             image_token_mask=image_token_mask,
+            num_prefix_tokens=num_prefix,
             **kwargs,
         )
         if cached is not None and outputs.past_key_values is not None:
@@ -530,6 +546,13 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
                         "`frozen='include'`."
                     )
 
+    def gather_sharded_state_dict_for_save(self, *args, **kwargs) -> dict[str, Tensor]:
+        """As transformers', without the second name of tied weights, which gathering makes two of."""
+        state = super().gather_sharded_state_dict_for_save(*args, **kwargs)
+        if self.lm_head.weight is self.get_input_embeddings().weight:
+            state = {name: value for name, value in state.items() if name not in self._tied_weights_keys}
+        return state
+
     @contextlib.contextmanager
     def _frozen_as(self, frozen: str | None) -> Iterator[None]:
         """Has the config say, while it is written, whether the frozen weights are beside it."""
@@ -609,7 +632,10 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
     # ----------------------------------------------------------------------------------------------------- latents
 
     def encode_images(
-        self, pixel_values: Tensor, sample_posterior: bool = False, generator: torch.Generator | None = None
+        self,
+        pixel_values: Tensor,
+        sample_posterior: bool = False,
+        generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> Tensor:
         r"""
         Pictures to latents of unit variance.
@@ -617,7 +643,7 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         Args:
             pixel_values (`torch.FloatTensor` of shape `(I, 3, H, W)`): Pictures in [-1, 1].
             sample_posterior (`bool`, *optional*, defaults to `False`): Sample (training) or take the mode (inference).
-            generator (`torch.Generator`, *optional*): Source of the sample.
+            generator (`torch.Generator` or a list of them, *optional*): Source of the sample, one or one per picture.
 
         Returns:
             `torch.FloatTensor` of shape `(I, C, h, w)`, float32.
@@ -629,8 +655,7 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             mean, std = self.encode_image_distributions(pixel_values)
             if not sample_posterior:
                 return mean
-            device = mean.device if generator is None else generator.device
-            return mean + std * torch.randn(mean.shape, generator=generator, device=device).to(mean.device)
+            return mean + std * randn_tensor(mean.shape, generator=generator, device=mean.device)
 
     @torch.no_grad()
     def encode_image_distributions(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
@@ -733,7 +758,8 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         mm_token_type_ids: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        loss_weights: tuple[float | Tensor, float | Tensor] = (1.0, 1.0),
         return_dict: bool | None = None,
         **kwargs,
     ) -> MMARCausalLMOutputWithPast | tuple:
@@ -757,7 +783,10 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
                 only; 0 keeps all.
             mm_token_type_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): 1 at image tokens; for pipelines, the
                 token ids already tell.
-            generator (`torch.Generator`, *optional*): Source of posterior samples, timesteps and noise.
+            generator (`torch.Generator` or a list of them, *optional*): Source of posterior samples, timesteps and
+                noise; one for each picture makes them independent of the batch.
+            loss_weights (`tuple` of two, *optional*, defaults to `(1.0, 1.0)`): Of the text loss and the image loss
+                (Eq. 4); the losses themselves are returned without them.
             return_dict (`bool`, *optional*): False returns a tuple.
 
         Returns:
@@ -823,13 +852,13 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             logits = self.lm_head(hidden_states[:, kept])
 
         # 7. Image head: z at a hidden latent predicts that latent (Eq. 8).
-        z, image_loss = None, None
+        z, image_loss, token_losses, timesteps = None, None, None, None
         if latent_tokens is not None:
             # (B, L, D) -> (I, N, D)
             z = hidden_states[image_token_mask].view(*latent_tokens.shape[:2], -1)
             if latent_mask is not None and bool(latent_mask.any()):
                 diffusion = self.config.diffusion_config
-                image_loss = diffusion_loss(
+                token_losses, timesteps = diffusion_losses(
                     self.diffusion_mlp,
                     latent_tokens[latent_mask],
                     z[latent_mask],
@@ -837,11 +866,14 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
                     diffusion.prediction_type,
                     diffusion.diffusion_batch_mul,
                     generator,
+                    latent_mask.sum(-1).tolist() if isinstance(generator, list) else None,
                 )
+                image_loss, token_losses = token_losses.mean(), token_losses.detach()
 
-        losses = [part for part in (text_loss, image_loss) if part is not None]
-        if self.training and image_loss is None and losses:
-            losses.append(self._unused_heads(hidden_states, used_encoder=latent_tokens is not None))
+        parts = zip(loss_weights, (text_loss, image_loss), strict=True)
+        losses = [weight * part for weight, part in parts if part is not None]
+        if self.training and losses:
+            losses.append(self._unused_heads(hidden_states, text_loss, image_loss, latent_tokens))
         result = MMARCausalLMOutputWithPast(
             loss=sum(losses) if losses else None,
             text_loss=text_loss,
@@ -851,15 +883,24 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=z,
+            token_losses=token_losses,
+            timesteps=timesteps,
         )
         return result.to_tuple() if return_dict is False else result
 
-    def _unused_heads(self, hidden_states: Tensor, used_encoder: bool) -> Tensor:
-        """Zero, through the parts that a batch without hidden latents leaves out: all ranks must run the same ones."""
+    def _unused_heads(
+        self, hidden_states: Tensor, text_loss: Tensor | None, image_loss: Tensor | None, latent_tokens: Tensor | None
+    ) -> Tensor:
+        """Zero, through the parts that a batch leaves out: all ranks must run the same ones."""
         channels, device = self.config.latent_channels, hidden_states.device
-        timesteps = torch.zeros(1, dtype=torch.long, device=device)
-        output = self.diffusion_mlp(torch.zeros(1, channels, device=device), timesteps, hidden_states[:1, 0]).sum()
-        if not used_encoder:
+        output = torch.zeros((), device=device)
+        if text_loss is None and self.lm_head.weight.requires_grad:
+            output = output + self.lm_head(hidden_states[:1, :1]).float().sum()
+        if image_loss is None:
+            timesteps = torch.zeros(1, dtype=torch.long, device=device)
+            noisy = torch.zeros(1, channels, device=device)
+            output = output + self.diffusion_mlp(noisy, timesteps, hidden_states[:1, 0]).sum()
+        if latent_tokens is None:
             tokens = torch.zeros(1, self.config.num_latents, channels, device=device)
             nothing_hidden = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=device)
             output = output + self.model.latent_encoder(tokens, nothing_hidden).float().sum()

@@ -1,16 +1,18 @@
 """
 Partial LoRA on Qwen2 (Sec. 3.3.2): every linear of every layer gets a low-rank branch for image tokens only.
 
-The image token mask is an argument, not state: Qwen2's attention, MLP, layer and model are subclassed to pass it on.
+Which tokens those are is an argument, not state: Qwen2's attention, MLP, layer and model are subclassed to pass it on.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import (
@@ -21,6 +23,37 @@ from transformers.models.qwen2.modeling_qwen2 import (
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
+
+from .prefix_mmar import split_arguments
+
+
+class _BranchOfImageTokens(torch.autograd.Function):
+    """
+    Adds `B (scaling A x)` to the rows of image tokens: x `(T, in)`, `output` `(T, out)`, all of one dtype.
+
+    With a backward of its own, which gathers those rows again: autograd would keep a copy of them for every linear.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, inputs: Tensor, image_A: Tensor, image_B: Tensor, scaling: float, index: Tensor
+    ) -> Tensor:
+        branch = F.linear(inputs.index_select(0, index), image_A) * scaling  # (M, r)
+        ctx.save_for_backward(inputs, branch, image_A, image_B, index)
+        ctx.scaling = scaling
+        return output.index_add(0, index, F.linear(branch, image_B))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, branch, image_A, image_B, index = ctx.saved_tensors
+        with torch.autocast(gradient.device.type, enabled=False):
+            of_images = gradient.index_select(0, index)
+            of_branch = of_images @ image_B * ctx.scaling  # (M, r)
+            of_inputs = torch.zeros_like(inputs).index_add_(0, index, of_branch @ image_A)
+            of_A = of_branch.T @ inputs.index_select(0, index)
+            of_B = of_images.T @ branch
+        return gradient, of_inputs, of_A, of_B, None, None
 
 
 class PLoRALinear(nn.Linear):
@@ -56,23 +89,32 @@ class PLoRALinear(nn.Linear):
         nn.init.kaiming_uniform_(self.image_A, a=math.sqrt(5))
         nn.init.zeros_(self.image_B)
 
-    def forward(self, hidden_states: Tensor, image_token_mask: Tensor | None = None) -> Tensor:
+    def forward(self, hidden_states: Tensor, image_tokens: Tensor | None = None) -> Tensor:
         r"""
         Args:
             hidden_states (`torch.FloatTensor` of shape `(B, L, in_features)`): Input.
-            image_token_mask (`torch.BoolTensor` of shape `(B, L)`, *optional*): True at image tokens. Without it the
-                branch is skipped and the result is that of the base layer, bit for bit.
+            image_tokens (`torch.Tensor`, *optional*): A bool mask of shape `(B, L)`, True at image tokens, or their
+                numbers among the `B * L` tokens, int64 of shape `(M,)`: then only they pass the branch. Without it
+                the branch is skipped and the result is that of the base layer, bit for bit.
 
         Returns:
             `torch.FloatTensor` of shape `(B, L, out_features)`.
         """
         output = super().forward(hidden_states)
-        if image_token_mask is None:
+        if image_tokens is None:
             return output
-        # Masked where it is narrow, r channels, and by choice: infinity times zero would be NaN in float16.
-        branch = F.linear(hidden_states, self.image_A) * self.image_scaling
-        branch = branch.masked_fill(~image_token_mask[..., None], 0.0)
-        return output + F.linear(branch, self.image_B)
+        if image_tokens.dtype == torch.bool:
+            # Masked where it is narrow, r channels, and by choice: infinity times zero would be NaN in float16.
+            branch = F.linear(hidden_states, self.image_A) * self.image_scaling
+            branch = branch.masked_fill(~image_tokens[..., None], 0.0)
+            return output + F.linear(branch, self.image_B)
+        # In the dtype of the base layer, which knows about autocast. (B, L, in) -> (B * L, in)
+        inputs, factor_A, factor_B = (part.to(output.dtype) for part in (hidden_states, self.image_A, self.image_B))
+        with torch.autocast(output.device.type, enabled=False):
+            flat = _BranchOfImageTokens.apply(
+                output.flatten(0, -2), inputs.flatten(0, -2), factor_A, factor_B, self.image_scaling, image_tokens
+            )
+        return flat.view(output.shape)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.image_A.shape[0]}"
@@ -92,13 +134,13 @@ class MMARQwen2Attention(Qwen2Attention):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
         past_key_values: Cache | None = None,
-        image_token_mask: Tensor | None = None,
+        image_tokens: Tensor | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         # (B, L, heads * head_dim) -> (B, heads, L, head_dim)
         query, key, value = (
-            projection(hidden_states, image_token_mask).view(shape).transpose(1, 2)
+            projection(hidden_states, image_tokens).view(shape).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
@@ -115,7 +157,7 @@ class MMARQwen2Attention(Qwen2Attention):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(output.flatten(2).contiguous(), image_token_mask), weights
+        return self.o_proj(output.flatten(2).contiguous(), image_tokens), weights
 
 
 class MMARQwen2MLP(Qwen2MLP):
@@ -126,29 +168,58 @@ class MMARQwen2MLP(Qwen2MLP):
         for name in ("gate_proj", "up_proj", "down_proj"):
             setattr(self, name, _with_plora(getattr(self, name), rank, alpha))
 
-    def forward(self, hidden_states: Tensor, image_token_mask: Tensor | None = None) -> Tensor:
-        gate = self.act_fn(self.gate_proj(hidden_states, image_token_mask))
-        return self.down_proj(gate * self.up_proj(hidden_states, image_token_mask), image_token_mask)
+    def forward(self, hidden_states: Tensor, image_tokens: Tensor | None = None) -> Tensor:
+        gate = self.act_fn(self.gate_proj(hidden_states, image_tokens))
+        return self.down_proj(gate * self.up_proj(hidden_states, image_tokens), image_tokens)
 
 
 class MMARQwen2DecoderLayer(Qwen2DecoderLayer):
-    """Qwen2's layer, handing the image token mask to attention and MLP."""
+    """Qwen2's layer, telling attention and MLP which tokens are of images."""
 
     def __init__(self, config: Qwen2Config, layer_idx: int, rank: int, alpha: float):
         super().__init__(config, layer_idx)
         self.self_attn = MMARQwen2Attention(config, layer_idx, rank, alpha)
         self.mlp = MMARQwen2MLP(config, rank, alpha)
 
-    def forward(self, hidden_states: Tensor, image_token_mask: Tensor | None = None, **kwargs) -> Tensor:
-        attention, _ = self.self_attn(self.input_layernorm(hidden_states), image_token_mask=image_token_mask, **kwargs)
-        hidden_states = hidden_states + attention
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), image_token_mask)
+    def forward(
+        self, hidden_states: Tensor, image_tokens: Tensor | None = None, num_prefix_tokens: int = 0, **kwargs
+    ) -> Tensor:
+        r"""
+        Args:
+            hidden_states (`torch.FloatTensor` of shape `(B, L, D)`): Input.
+            image_tokens (`torch.Tensor`, *optional*): As `PLoRALinear` takes it, for the tokens behind the prefix.
+            num_prefix_tokens (`int`, *optional*, defaults to 0): So many tokens of each row are computed without
+                gradients (prefix_mmar.py).
+            **kwargs: Of Qwen2's layer.
+
+        Returns:
+            `torch.FloatTensor` of shape `(B, L, D)`.
+        """
+        if num_prefix_tokens == 0:
+            return self._transform(self._attend(hidden_states, image_tokens, **kwargs), image_tokens)
+        prefix, rest = hidden_states[:, :num_prefix_tokens], hidden_states[:, num_prefix_tokens:]
+        kwargs_of_prefix, kwargs = split_arguments(num_prefix_tokens, **kwargs)
+        with torch.no_grad():
+            prefix = self._attend(prefix, **kwargs_of_prefix)
+        rest = self._transform(self._attend(rest, image_tokens, **kwargs), image_tokens)
+        with torch.no_grad():
+            # Last: gradient checkpointing computes a layer again up to what backward needs, and this it does not.
+            prefix = self._transform(prefix)
+        return torch.cat([prefix, rest], dim=1)
+
+    def _attend(self, hidden_states: Tensor, image_tokens: Tensor | None = None, **kwargs) -> Tensor:
+        attention, _ = self.self_attn(self.input_layernorm(hidden_states), image_tokens=image_tokens, **kwargs)
+        return hidden_states + attention
+
+    def _transform(self, hidden_states: Tensor, image_tokens: Tensor | None = None) -> Tensor:
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), image_tokens)
 
 
 class MMARQwen2Model(Qwen2Model):
     """
     Qwen2 whose layers carry PLoRA. `forward` takes Qwen2's arguments and `image_token_mask`, a bool tensor `(B, L)`
-    that is True at image tokens; without it the result is Qwen2's, bit for bit.
+    that is True at image tokens; without it the result is Qwen2's, bit for bit. With `num_prefix_tokens` the first
+    tokens of each row, none of an image, are computed without gradients.
     """
 
     _no_split_modules = ["MMARQwen2DecoderLayer"]
@@ -162,6 +233,15 @@ class MMARQwen2Model(Qwen2Model):
             MMARQwen2DecoderLayer(config, layer_idx, rank, alpha) for layer_idx in range(config.num_hidden_layers)
         )
         self.post_init()
+
+    def forward(
+        self, *args, image_token_mask: Tensor | None = None, num_prefix_tokens: int = 0, **kwargs
+    ) -> BaseModelOutputWithPast:
+        image_tokens = image_token_mask
+        if image_tokens is not None and self.training:
+            # By number, text does not pass the branch. Not in generation: all are of images, and looking would sync.
+            image_tokens = image_tokens[:, num_prefix_tokens:].flatten().nonzero()[:, 0]
+        return super().forward(*args, image_tokens=image_tokens, num_prefix_tokens=num_prefix_tokens, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -456,6 +456,59 @@ class MMARProcessor(ProcessorMixin):
         self._check_length(self._row_lengths(BatchFeature({"input_ids": [input_ids]}))[0], "A training sample")
         return {"input_ids": input_ids, "labels": [IGNORE_INDEX] * len(prefix) + answer}
 
+    def training_chat(self, messages: list[dict]) -> dict[str, list[int]]:
+        r"""
+        Tokens and labels of a chat, unpadded: every assistant turn is learned, the rest is given.
+
+        Args:
+            messages (`list[dict]`): As for `apply_chat_template`; a picture is `{"type": "image"}`, anything else in
+                that item being ignored. Pictures stand in system and user turns.
+
+        Returns:
+            `dict` with `input_ids` and `labels`, lists of one length. Labels are -100 but for assistant turns and the
+            `<|im_end|>` that closes each.
+
+        Raises:
+            ValueError: If the messages are not built so, no assistant turn has text, a text contains an image mark or
+                control token, or the chat is longer than `tokenizer.model_max_length`.
+        """
+        _check_conversation(messages)
+        input_ids, labels = [], []
+        # Text before the next assistant turn's content; tokenized apart from it, as in generation.
+        given = ""
+        for index, message in enumerate(messages):
+            role, content = message["role"], message["content"]
+            items = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            for item in items:
+                if item["type"] == "text":
+                    self._check_no_mark(item["text"], f"The text of message {index}")
+            items = [item if item["type"] == "text" else {"type": "image"} for item in items]
+            if role != "assistant":
+                given += self.apply_chat_template([{"role": role, "content": items}])
+                continue
+            if any(item["type"] == "image" for item in items):
+                raise ValueError(
+                    f"A picture must stand in a turn of user or system; message {index} has one in the assistant's. "
+                    "Task 't2i' of `training_example` teaches to draw."
+                )
+            answer = "".join(item["text"] for item in items)
+            if not answer.strip():
+                raise ValueError(
+                    f"An assistant's turn must not be empty; message {index} is. Fill it or drop the chat."
+                )
+            given += f"{TURN_START}assistant\n"
+            given = given.replace(self.image_token, self.image_token * self.num_image_tokens)
+            prefix = self.tokenizer(given, add_special_tokens=False)["input_ids"]
+            learned = self.tokenizer(answer + TURN_END, add_special_tokens=False)["input_ids"]
+            input_ids += prefix + learned
+            labels += [IGNORE_INDEX] * len(prefix) + learned
+            given = "\n"
+        if not labels:
+            raise ValueError("A chat must have a turn of the assistant, which is learned; got none.")
+        # What follows the last answer teaches nothing.
+        self._check_length(self._row_lengths(BatchFeature({"input_ids": [input_ids]}))[0], "A training chat")
+        return {"input_ids": input_ids, "labels": labels}
+
     # From outputs back
 
     def postprocess(self, pixel_values: torch.Tensor, output_type: str = "pil"):

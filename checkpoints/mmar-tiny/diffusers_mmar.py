@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .parameterization_mmar import *  # noqa: F403
     from .pipeline_mmar import *  # noqa: F403
     from .plora_mmar import *  # noqa: F403
+    from .prefix_mmar import *  # noqa: F403
     from .processing_mmar import *  # noqa: F403
     from .push_mmar import *  # noqa: F403
     from .quantization_mmar import *  # noqa: F403

@@ -117,17 +117,18 @@ class MMARDiffusionMLP(nn.Module):
         return self.output_projection(self.final_norm(hidden_states) * (1 + scale) + shift).float()
 
 
-def diffusion_loss(
+def diffusion_losses(
     diffusion_mlp: MMARDiffusionMLP,
     latent_tokens: Tensor,
     z: Tensor,
     alphas_cumprod: Tensor,
     prediction_type: str = "v_prediction",
     diffusion_batch_mul: int = 1,
-    generator: torch.Generator | None = None,
-) -> Tensor:
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    num_tokens: list[int] | None = None,
+) -> tuple[Tensor, Tensor]:
     r"""
-    Mean squared error of the predicted v (Eq. 8) or noise (Eq. 3 with w_t = 1) at random timesteps.
+    Squared errors of the predicted v (Eq. 8) or noise (Eq. 3 with w_t = 1) at random timesteps.
 
     Args:
         diffusion_mlp (`MMARDiffusionMLP`): The network.
@@ -136,20 +137,36 @@ def diffusion_loss(
         alphas_cumprod (`torch.FloatTensor` of shape `(T,)`): Noise schedule, float32.
         prediction_type (`str`, *optional*, defaults to `"v_prediction"`): `"v_prediction"` or `"epsilon"`.
         diffusion_batch_mul (`int`, *optional*, defaults to 1): Timesteps drawn per `z`.
-        generator (`torch.Generator`, *optional*): Source of timesteps and noise.
+        generator (`torch.Generator` or a list of them, *optional*): Source of timesteps and noise; with one for each
+            picture these do not depend on the other pictures of the batch.
+        num_tokens (`list[int]`, *optional*): With a list of generators, how many of the M tokens each picture has.
 
     Returns:
-        `torch.FloatTensor`: Scalar, float32, mean over tokens, timesteps and channels.
+        `tuple` of `torch.FloatTensor` of shape `(diffusion_batch_mul, M)`, float32, means over channels, and
+        `torch.LongTensor` of that shape, the timesteps.
     """
+    generators = generator if isinstance(generator, list) else [generator]
+    counts = [len(z)] if num_tokens is None else num_tokens
+    timesteps, noise = [], []
+    for own, count in zip(generators, counts, strict=True):
+        device, shape = _device(own, z), (diffusion_batch_mul, count)
+        timesteps.append(torch.randint(0, len(alphas_cumprod), shape, generator=own, device=device))
+        noise.append(torch.randn(*shape, latent_tokens.shape[-1], generator=own, device=device))
+    # (mul, M) and (mul, M, C) -> (mul * M,) and (mul * M, C)
+    timesteps = torch.cat(timesteps, dim=1).flatten().to(z.device)
+    noise = torch.cat(noise, dim=1).flatten(0, 1).to(z.device)
     latent_tokens = latent_tokens.float().repeat(diffusion_batch_mul, 1)
     z = z.repeat(diffusion_batch_mul, 1)
-    timesteps = torch.randint(0, len(alphas_cumprod), (len(z),), generator=generator, device=_device(generator, z))
-    noise = torch.randn(latent_tokens.shape, generator=generator, device=timesteps.device).to(z.device)
-    timesteps = timesteps.to(z.device)
-    alphas_cumprod_t = alphas_cumprod.to(z.device)[timesteps][:, None]  # (M, 1)
+    alphas_cumprod_t = alphas_cumprod.to(z.device)[timesteps][:, None]  # (mul * M, 1)
     prediction = diffusion_mlp(add_noise(latent_tokens, noise, alphas_cumprod_t), timesteps, z)
     target = v_target(latent_tokens, noise, alphas_cumprod_t) if prediction_type == "v_prediction" else noise
-    return F.mse_loss(prediction, target)
+    losses = (prediction - target).square().mean(-1)
+    return losses.view(diffusion_batch_mul, -1), timesteps.view(diffusion_batch_mul, -1)
+
+
+def diffusion_loss(*args, **kwargs) -> Tensor:
+    """Mean of `diffusion_losses`, with its arguments, over tokens and timesteps: a float32 scalar."""
+    return diffusion_losses(*args, **kwargs)[0].mean()
 
 
 def _device(generator: torch.Generator | None, tensor: Tensor) -> torch.device:

@@ -32,6 +32,7 @@ REMOTE_MODULES = {
         "modeling_mmar",
         "parameterization_mmar",
         "plora_mmar",
+        "prefix_mmar",
         "quantization_mmar",
     ),
     "pipelines": ("pipeline_mmar", "text_to_image_mmar"),

@@ -377,8 +377,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, batch, train_bac
         model.zero_grad()
         model(**arguments, generator=seeded(0)).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    # Once without, and twice with: both stacks are computed again in the backward pass.
-    assert calls == {"llm": 3, "vit": 3}
+    # Once without, and twice with: both stacks are computed again in the backward pass. With a frozen backbone the
+    # text before the pictures is one more call of each forward pass, and none of the backward pass.
+    assert calls == {"llm": 3 if train_backbone else 5, "vit": 3}
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         # The same operations on the same values.
