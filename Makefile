@@ -39,23 +39,36 @@ style: $(VENV)/.done
 
 # The bundled data, from the full set.
 data: $(VENV)/.done
-	$(BIN)/python -m mmar.training.emoji_lite $(EMOJI_STYLES)
+	$(BIN)/python -m mmar.training.emoji_rows $(EMOJI_STYLES) --out checkpoints/emoji-lite --lite
 
-# The bundled checkpoint: its VAE (24 minutes), then the model; docs/runs.md has the times.
-runs/vae/report.json: | $(VENV)/.done
-	$(BIN)/python -m mmar.training.train_vae --data checkpoints/emoji-lite/train.parquet \
-		--eval_data checkpoints/emoji-lite/test.parquet --out runs/vae
+# The bundled checkpoint, from all of emoji-styles: rows, VAE, untrained model, cached latents, three stages. Each step
+# goes on where it stopped; docs/runs.md has the times.
+TINY_DATA := runs/emoji-styles
+TINY_TRAIN = $(BIN)/python -m mmar.training.train training/recipes/$(1).yaml model=$(2) data=$(TINY_DATA)/train.parquet \
+	latents=runs/latents output_dir=$(3) $(TRAIN_OPTIONS)
+
+$(TINY_DATA)/train.parquet: | $(VENV)/.done
+	$(BIN)/python -m mmar.training.emoji_rows $(EMOJI_STYLES) --out $(TINY_DATA)
+
+runs/vae/report.json: | $(TINY_DATA)/train.parquet
+	$(BIN)/python -m mmar.training.train_vae --data $(TINY_DATA)/train.parquet --eval_data $(TINY_DATA)/test.parquet \
+		--out runs/vae
 
 vae: runs/vae/report.json
 
-train-tiny: runs/vae/report.json
-	$(BIN)/python -m mmar.training.init_tiny --config configs/mmar-tiny --data checkpoints/emoji-lite/train.parquet \
+runs/init/config.json: | runs/vae/report.json
+	$(BIN)/python -m mmar.training.init_tiny --config configs/mmar-tiny --data $(TINY_DATA)/train.parquet \
 		--vae runs/vae --out runs/init
-	$(BIN)/python -m mmar.training.train training/recipes/mmar_tiny.yaml model=runs/init \
-		data=checkpoints/emoji-lite/train.parquet output_dir=runs/mmar-tiny $(TRAIN_OPTIONS)
-	$(BIN)/python -m mmar.training.train training/recipes/mmar_tiny_answers.yaml model=runs/mmar-tiny/final \
-		data=checkpoints/emoji-lite/train.parquet output_dir=runs/mmar-tiny-answers $(TRAIN_OPTIONS)
-	$(BIN)/python -m mmar.conversion.export runs/mmar-tiny-answers/final checkpoints/mmar-tiny --guidance_scale 2.0
+
+runs/latents/broken.json: | runs/init/config.json
+	$(BIN)/python -m mmar.training.latents $(TINY_DATA)/train.parquet --model runs/init --out runs/latents \
+		--num_copies 8 --batch_size 256
+
+train-tiny: | runs/latents/broken.json
+	$(call TINY_TRAIN,mmar_tiny_stage1,runs/init,runs/stage1)
+	$(call TINY_TRAIN,mmar_tiny_stage2,runs/stage1/final,runs/stage2)
+	$(call TINY_TRAIN,mmar_tiny_stage3,runs/stage2/final,runs/stage3)
+	$(BIN)/python -m mmar.conversion.export runs/stage3/final checkpoints/mmar-tiny --guidance_scale 2.0
 
 evaluate-tiny: $(VENV)/.done
 	$(BIN)/python -m mmar.evaluation.emoji_styles checkpoints/mmar-tiny --data checkpoints/emoji-lite/test.parquet \

@@ -4,8 +4,9 @@ Measures an MMAR on held-out emoji-styles cells: exact captions, and pictures fo
     python -m mmar.evaluation.emoji_styles checkpoints/mmar-tiny --data checkpoints/emoji-lite/test.parquet \
         --out runs/eval [--judge JUDGE.py]
 
-Rows whose drawing stands in another style in the training rows (`sibling_in_train`) are easier; they are reported
-apart. Pictures are written as PNG files with a `captions.jsonl`, the layout the judge reads.
+Rows whose drawing stands in another style in the training rows (`sibling_in_train`) are easier, and those of a skin
+tone that their name was seen with in no style (`split` test_tone) harder; they are reported apart. Pictures are
+written as PNG files with a `captions.jsonl`, the layout the judge reads.
 """
 
 import argparse
@@ -22,11 +23,16 @@ from tqdm.auto import tqdm
 
 from ..command import run_command
 from ..pipelines.pipeline_mmar import MMARPipeline
-from ..training.data import read_rows
-from ..training.emoji_lite import QUESTIONS
+from ..training.emoji_rows import QUESTIONS, read_rows
 
 
 BATCH_SIZE = 32
+# Groups of rows, and what a card says of them.
+GROUPS = {
+    "sibling": ", same drawing seen in another style",
+    "no_sibling": ", drawing never seen",
+    "tone": ", skin tone never seen with this name",
+}
 # What a card tells of the judge's figures.
 JUDGE_FIGURES = {
     "name_top1": "drawings that the judge names as asked",
@@ -65,11 +71,18 @@ def ask(pipe: MMARPipeline, pictures: list[Any], question: str) -> list[str]:
     return [answer.strip() for answer in answers]
 
 
-def by_sibling(rows: list[dict[str, Any]], hits: list[bool]) -> dict[str, float]:
-    """Share of hits over all rows, those with and those without a sibling in training."""
+def group_of(row: dict[str, Any]) -> str:
+    """Which of `GROUPS` a row is in."""
+    if row.get("split") == "test_tone":
+        return "tone"
+    return "sibling" if row["sibling_in_train"] else "no_sibling"
+
+
+def by_group(rows: list[dict[str, Any]], hits: list[bool]) -> dict[str, float]:
+    """Share of hits over all rows and over those of each group."""
     groups = {"all": hits}
-    for name, value in (("sibling", True), ("no_sibling", False)):
-        groups[name] = [hit for row, hit in zip(rows, hits, strict=True) if row["sibling_in_train"] == value]
+    for name in GROUPS:
+        groups[name] = [hit for row, hit in zip(rows, hits, strict=True) if group_of(row) == name]
     return {name: round(sum(group) / len(group), 4) for name, group in groups.items() if group}
 
 
@@ -80,7 +93,7 @@ def score_captions(pipe: MMARPipeline, rows: list[dict[str, Any]]) -> dict[str, 
     for name, question in QUESTIONS.items():
         expected = [row["answers"][row["questions"].index(question)] for row in rows]
         answers = ask(pipe, pictures, question)
-        scores[name] = by_sibling(rows, [a == e for a, e in zip(answers, expected, strict=True)])
+        scores[name] = by_group(rows, [a == e for a, e in zip(answers, expected, strict=True)])
     return scores
 
 
@@ -102,11 +115,11 @@ def draw(pipe: MMARPipeline, rows: list[dict[str, Any]], out: Path, seed: int, *
 
 
 def judge(script: Path, pictures: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Runs the judge on all pictures, and on those with and without a sibling in training."""
+    """Runs the judge on all pictures, and on those of each group."""
     lines = (pictures / "captions.jsonl").read_text().splitlines()
     scores = {}
-    for name, wanted in (("all", None), ("sibling", True), ("no_sibling", False)):
-        kept = [i for i, row in enumerate(rows) if wanted is None or row["sibling_in_train"] == wanted]
+    for name in ("all", *GROUPS):
+        kept = [i for i, row in enumerate(rows) if name in ("all", group_of(row))]
         if len(kept) < 2:
             continue
         with tempfile.TemporaryDirectory() as folder:
@@ -121,7 +134,7 @@ def judge(script: Path, pictures: Path, rows: list[dict[str, Any]]) -> dict[str,
 
 def card_metrics(result: dict[str, Any]) -> list[dict[str, Any]]:
     """The figures of a result as `make_model_card` reads them."""
-    groups = {"all": "", "sibling": ", same drawing seen in another style", "no_sibling": ", drawing never seen"}
+    groups = {"all": "", **GROUPS}
     metrics = []
     for name in QUESTIONS:
         for group, words in groups.items():

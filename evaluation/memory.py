@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import DynamicCache
+from transformers import DynamicCache, Qwen2Model
 
 from ..command import run_command
 from ..conversion.init_from_qwen2 import DTYPES, load_preset
@@ -94,11 +94,13 @@ def _language_model(
     num_latents = num_images * model.config.num_latents
     is_image = torch.arange(length, device=embeds.device).expand(batch, -1) >= length - num_latents
     mask = torch.zeros(batch, 1, length, length, dtype=torch.bool, device=embeds.device)
-    return model.model.language_model(
+    # Past MMAR's own `forward`, which looks for the image tokens' numbers: the meta device has none.
+    return Qwen2Model.forward(
+        model.model.language_model,
         inputs_embeds=embeds,
         attention_mask={"full_attention": mask},
         position_ids=torch.zeros(batch, length, dtype=torch.long, device=embeds.device),
-        image_token_mask=is_image,
+        image_tokens=is_image,
         past_key_values=cache,
         use_cache=cache is not None,
     ).last_hidden_state

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from mmar import MMARPipeline
 from mmar.evaluation.emoji_styles import ask
-from mmar.training.data import read_rows
+from mmar.training.emoji_rows import read_rows
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -19,7 +19,7 @@ from ..modeling_mmar.configuration_mmar import MMARConfig
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from ..processors.image_processing_mmar import MMARImageProcessor
 from ..processors.processing_mmar import IMAGE_TOKEN, MMARProcessor
-from .data import read_rows
+from .emoji_rows import read_rows
 
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", IMAGE_TOKEN)

@@ -21,7 +21,7 @@ FEISTEL_ROUNDS = 4
 # Shares come from divisions of floats.
 ROUNDING = 1e-9
 # Streams of random numbers of one seed.
-SOURCES, TASKS, ROWS, SAMPLES = range(4)
+SOURCE_ORDER, TASK_ORDER, ROW_ORDER, SAMPLE_DRAWS, MASK_RATIO_DRAWS = range(5)
 
 
 def stable_hash(*values: int) -> int:
@@ -127,8 +127,8 @@ class Mixture:
                 f"{list(weights)} and {len(task_weights)} task weights."
             )
         self.sizes, self.seed = list(sizes), seed
-        self._sources = Proportions(weights, seed, SOURCES)
-        self._tasks = [Proportions(own, seed, TASKS, source) for source, own in enumerate(task_weights)]
+        self._sources = Proportions(weights, seed, SOURCE_ORDER)
+        self._tasks = [Proportions(own, seed, TASK_ORDER, source) for source, own in enumerate(task_weights)]
 
     def __call__(self, number: int) -> tuple[int, int, int]:
         r"""
@@ -142,8 +142,8 @@ class Mixture:
         source, turn = self._sources(number)
         task, _ = self._tasks[source](turn)
         passes, place = divmod(turn, self.sizes[source])
-        return source, permuted(place, self.sizes[source], self.seed, ROWS, source, passes), task
+        return source, permuted(place, self.sizes[source], self.seed, ROW_ORDER, source, passes), task
 
-    def generator(self, number: int) -> torch.Generator:
-        """The source of all random numbers of that sample."""
-        return torch.Generator().manual_seed(stable_hash(self.seed, SAMPLES, number))
+    def generator(self, *stream: int) -> torch.Generator:
+        """The source of the random numbers of a stream: what they are for, whose they are."""
+        return torch.Generator().manual_seed(stable_hash(self.seed, *stream))

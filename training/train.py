@@ -1,122 +1,110 @@
 """
 Trains MMAR after a recipe.
 
-    python -m mmar.training.train training/recipes/mmar_tiny.yaml model=runs/init data=train.parquet output_dir=runs/a
+    python -m mmar.training.train RECIPE model=runs/init data=train.parquet output_dir=runs/a
+    torchrun --nproc_per_node 8 -m mmar.training.train RECIPE ... shard=trained
+    accelerate launch --config_file configs/accelerate/fsdp2.yaml -m mmar.training.train RECIPE ...
 
-RECIPE is a YAML file of `DataArguments` and `MMARTrainingArguments` fields; `key=value` on the command line wins.
+RECIPE is a YAML file (recipe.py); `key=value` on the command line wins. Started again, it goes on from the last whole
+checkpoint in `output_dir`; the model at the end, with the averaged weights, is `output_dir/final`.
 """
 
-import contextlib
-import dataclasses
 import math
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any
 
 import torch
-import yaml
-from transformers import HfArgumentParser, TrainerState, set_seed
+from torch import nn
+from transformers import TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..command import run_command
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from ..processors.processing_mmar import MMARProcessor
-from .data import MMARDataCollator, MMARLatentDataset, read_rows
+from .checkpoints import last_whole_checkpoint
+from .collator import MMARDataCollator
+from .latents import LatentCache
+from .mixture import Mixture
+from .recipe import DataArguments, SourceArguments, accumulation_steps, parse, read_sources
+from .samples import SampleMaker, StreamedSamples, TrainingSamples, TrainingSource
+from .sources import open_source, open_stream
 from .trainer import MMARTrainer, MMARTrainingArguments
 
 
-@dataclass
-class DataArguments:
-    """What to train on, and how the tasks are drawn."""
-
-    model: str = field(metadata={"help": "folder of an initialized MMAR"})
-    data: str = field(metadata={"help": "parquet with image, captions, questions, answers"})
-    task_weights: list[float] = field(
-        default_factory=lambda: [0.5, 0.45, 0.05], metadata={"help": "of text to image, image to text, unconditional"}
-    )
-    mask_ratio_min: float = field(default=0.7, metadata={"help": "lower bound of the mask ratio"})
-    num_copies: int = field(default=0, metadata={"help": "views of each picture and kind for image to text"})
-    swap_rate: float = field(default=0.0, metadata={"help": "share of answers with another row's content in them"})
-    diffusion_batch_mul: int = field(default=4, metadata={"help": "timesteps drawn per z"})
-    attn_implementation: str = field(default="sdpa", metadata={"help": "attention of transformers to train with"})
-    resume: bool = field(default=True, metadata={"help": "go on from the last checkpoint in output_dir"})
-
-    def __post_init__(self):
-        weights = self.task_weights
-        numbers = isinstance(weights, list) and all(isinstance(w, (int, float)) and w >= 0 for w in weights)
-        if not numbers or len(weights) != 3 or not 0 < sum(weights) < math.inf:
-            raise ValueError(
-                "`task_weights` must be three numbers of at least 0, not all 0: text to image, image to text, "
-                f"unconditional; got {weights!r}."
-            )
-        self.task_weights = [float(weight) for weight in weights]
-        if not 0 <= self.mask_ratio_min < 1:
-            raise ValueError(f"`mask_ratio_min` must be in [0, 1); got {self.mask_ratio_min!r}.")
-        if not 0 <= self.swap_rate <= 1:
-            raise ValueError(f"`swap_rate` must be in [0, 1]; got {self.swap_rate!r}.")
-        for name, minimum in (("num_copies", 0), ("diffusion_batch_mul", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < minimum:
-                raise ValueError(f"`{name}` must be an integer of at least {minimum}; got {value!r}.")
-
-
-def parse(arguments: list[str]) -> tuple[DataArguments, MMARTrainingArguments]:
+def open_training_source(
+    arguments: SourceArguments, model: MMARForConditionalGeneration, swap_rate: float = 0.0
+) -> TrainingSource:
     r"""
-    Reads a recipe and the overrides after it.
+    Opens a source, with its cached latents.
+
+    Args:
+        arguments (`SourceArguments`): The source.
+        model (`MMARForConditionalGeneration`): Whose VAE must have made the latents.
+        swap_rate (`float`, *optional*, defaults to 0.0): As for `SampleMaker`.
 
     Raises:
-        ValueError: If there is no recipe, an override is not `key=value`, a key is unknown or missing, or a value of
-            another type than its field's.
+        ValueError: If the source or its latents cannot be read, they do not belong together, or there is nothing to
+            swap.
     """
-    if not arguments or not Path(arguments[0]).is_file():
-        raise ValueError(f"expected a recipe (a YAML file) as first argument; got {arguments[:1]}.")
-    values = _yaml(Path(arguments[0]).read_text(encoding="utf-8"), arguments[0]) or {}
-    if not isinstance(values, dict):
-        raise ValueError(f"expected a recipe of `key: value` lines in {arguments[0]}; got a {type(values).__name__}.")
-    for argument in arguments[1:]:
-        key, found, value = argument.partition("=")
-        if not found:
-            raise ValueError(f"expected key=value after the recipe; got {argument!r}.")
-        values[key] = _yaml(value, key)
-    if missing := [key for key in ("model", "data", "output_dir") if values.get(key) is None]:
-        raise ValueError(f"the training needs {', '.join(missing)}; give them as key=value.")
-    kinds = {f.name: f.type for part in (DataArguments, MMARTrainingArguments) for f in dataclasses.fields(part)}
-    values = {name: _typed(name, value, kinds[name]) if name in kinds else value for name, value in values.items()}
-    return HfArgumentParser((DataArguments, MMARTrainingArguments)).parse_dict(values)
+    rows = open_source(arguments.path, arguments.columns, arguments.split, arguments.image_folder)
+    cache = None
+    if arguments.latents is not None:
+        cache = LatentCache(arguments.latents)
+        cache.check(model, rows)
+    source = TrainingSource(rows, cache, needs_relations=swap_rate > 0 or (cache is not None and cache.has_views))
+    if swap_rate > 0 and not source.contents:
+        raise ValueError(
+            f"`swap_rate` needs swaps in {arguments.name}; no row has them. Set it to 0, or add the column."
+        )
+    return source
 
 
-def _yaml(text: str, name: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"expected YAML in {name!r}; it cannot be read ({error}).") from error
+def training_samples(
+    sources: list[TrainingSource], arguments: list[SourceArguments], maker: SampleMaker, data: DataArguments, args: Any
+) -> TrainingSamples:
+    """The samples of all steps; sets `max_steps` where the recipe has epochs."""
+    total_batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if args.max_steps <= 0:
+        args.max_steps = math.ceil(args.num_train_epochs * sum(map(len, sources)) / total_batch_size)
+    mixture = Mixture(
+        [len(source) for source in sources],
+        [source.weight for source in arguments],
+        [source.task_weights or data.task_weights for source in arguments],
+        args.seed if args.data_seed is None else args.data_seed,
+    )
+    group = args.train_batch_size if data.mask_ratio_per_batch else 1
+    return TrainingSamples(sources, maker, mixture, args.max_steps * total_batch_size, group)
 
 
-def _typed(name: str, value: Any, kind: Any) -> Any:
-    """A value of a recipe as its field's type; YAML 1.1 reads 1e-3 as text, and any text as true."""
-    kinds = set(get_args(kind)) if get_origin(kind) in (Union, UnionType) else {kind}
-    if value is None and (NoneType in kinds or not kinds & {bool, int, float, str}):
-        return value
-    if kinds - {NoneType} == {str} and not isinstance(value, str):
-        raise ValueError(f"`{name}` must be a text; got {value!r}.")
-    expected = next((k for k in (bool, int, float) if k in kinds), None)
-    if expected is None or (str in kinds and value is not None):
-        return value
-    if expected is float and not isinstance(value, bool):
-        with contextlib.suppress(TypeError, ValueError):
-            return float(value)
-    elif type(value) is expected or (expected is int and float in kinds and type(value) is float):
-        return value
-    example = {bool: "true or false", int: "an integer", float: "a number"}[expected]
-    raise ValueError(f"`{name}` must be {example}; got {value!r}.")
+def streamed_samples(
+    arguments: list[SourceArguments], maker: SampleMaker, data: DataArguments, args: Any
+) -> StreamedSamples:
+    """The samples of the streams, for this rank."""
+    return StreamedSamples(
+        [open_stream(source.path, source.columns, source.split, source.image_folder) for source in arguments],
+        maker,
+        [source.weight for source in arguments],
+        [source.task_weights or data.task_weights for source in arguments],
+        args.seed if args.data_seed is None else args.data_seed,
+        args.process_index,
+        args.world_size,
+        data.shuffle_buffer,
+    )
+
+
+def evaluation_samples(
+    source: TrainingSource, maker: SampleMaker, data: DataArguments, args: MMARTrainingArguments
+) -> TrainingSamples:
+    """As many samples as there are rows, or as asked for: the same in each evaluation."""
+    num_samples = len(source) if data.num_eval_samples is None else data.num_eval_samples
+    mixture = Mixture([len(source)], [1.0], [data.task_weights], args.seed)
+    return TrainingSamples([source], maker, mixture, num_samples)
 
 
 def check_same_vae(checkpoint: str, model: MMARForConditionalGeneration) -> None:
     r"""
-    The latents are made before a checkpoint is loaded, so its VAE and latent scale must be those of the model.
+    Cached latents are checked before a checkpoint is loaded, so its VAE and latent scale must be those of the model.
 
     Args:
         checkpoint (`str`): Folder to resume from.
@@ -136,37 +124,56 @@ def check_same_vae(checkpoint: str, model: MMARForConditionalGeneration) -> None
         )
 
 
+def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts the frozen weights of the language model, in place."""
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and not name.startswith("vae."):
+            parameter.data = parameter.data.to(dtype)
+
+
 def num_steps(checkpoint: str) -> int:
     """Steps that a checkpoint was trained for."""
     return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
 
 
 def main() -> None:
-    data_args, args = parse(sys.argv[1:])
-    rows = read_rows(data_args.data)
-    if data_args.swap_rate > 0 and not any(row.get("swaps") for row in rows):
-        raise ValueError("`swap_rate` needs swaps in `data`; no row has them. Set it to 0, or add the column.")
+    data, args = parse(sys.argv[1:])
+    sources = read_sources(data.data, data.latents, data.streaming)
+    if data.total_batch_size is not None:
+        args.gradient_accumulation_steps = accumulation_steps(
+            data.total_batch_size, args.train_batch_size, args.world_size
+        )
     # Saved in bfloat16 or not, the weights are trained in float32; `bf16: true` is autocast.
     model = MMARForConditionalGeneration.from_pretrained(
-        data_args.model, dtype="float32", attn_implementation=data_args.attn_implementation
+        data.model, dtype="float32", attn_implementation=data.attn_implementation
     )
     set_seed(args.seed)
-    model.to(args.device)
-    model.config.diffusion_config.diffusion_batch_mul = data_args.diffusion_batch_mul
-    processor = MMARProcessor.from_pretrained(data_args.model)
-    dataset = MMARLatentDataset(rows, model, processor, data_args.num_copies)
-    collator = MMARDataCollator(
-        processor,
-        model.config.num_latents,
-        tuple(data_args.task_weights),
-        data_args.mask_ratio_min,
-        data_args.swap_rate,
-    )
+    model.config.diffusion_config.diffusion_batch_mul = data.diffusion_batch_mul
+    model.freeze(train_backbone=args.train_backbone)
+    cast_frozen(model, getattr(torch, data.frozen_dtype))
+    processor = MMARProcessor.from_pretrained(data.model)
+    maker = SampleMaker(processor, model.config.num_latents, data.mask_ratio_min, data.swap_rate)
+    if data.streaming:
+        train_dataset = streamed_samples(sources, maker, data, args)
+    else:
+        opened = [open_training_source(source, model, data.swap_rate) for source in sources]
+        train_dataset = training_samples(opened, sources, maker, data, args)
+    eval_dataset = None
+    if data.eval_data is not None:
+        held_out = open_training_source(SourceArguments(data.eval_data, "evaluation"), model)
+        eval_dataset = evaluation_samples(
+            held_out, SampleMaker(processor, maker.num_latents, data.mask_ratio_min), data, args
+        )
     trainer = MMARTrainer(
-        model=model, args=args, train_dataset=dataset, data_collator=collator, processing_class=processor
+        model=model,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=MMARDataCollator(processor, model.config.num_latents),
+        processing_class=processor,
     )
-    last = get_last_checkpoint(args.output_dir) if data_args.resume and Path(args.output_dir).is_dir() else None
-    if last is not None:
+    last = last_whole_checkpoint(args.output_dir) if data.resume else None
+    if last is not None and any(source.latents is not None for source in sources):
         check_same_vae(last, model)
     if last is not None and 0 < args.max_steps <= num_steps(last):
         # transformers would take one more step.
@@ -174,6 +181,7 @@ def main() -> None:
         trainer.load_checkpoint(last)
     else:
         trainer.train(resume_from_checkpoint=last)
+        trainer.save_state()
     with trainer.ema_weights():
         trainer.save_model(str(Path(args.output_dir) / "final"))
 

@@ -3,28 +3,35 @@ Trains a small `AutoencoderKL` from scratch on a parquet of pictures and stores 
 
     python -m mmar.training.train_vae --data checkpoints/emoji-lite/train.parquet --out runs/vae
 
-Made for toy sizes: a real MMAR takes a published KL-16. Everything runs in bfloat16 autocast with
-float32 weights; the result is a diffusers folder with an EMA of the weights and each channel's `latents_mean` and
-`latents_std`.
+Made for toy sizes: a real MMAR takes a published KL-16. There the autoencoder has seen millions of pictures; here it
+sees a few thousand, and a ViT on top of its tokens learns too little from them. So where the rows have answers
+(data.py), a head on the tokens also tells the words of what a picture shows and of its style (Joulin et al.,
+"Learning visual features from large weakly supervised data", arXiv 1511.02251), from views for which they hold.
+
+Everything runs in bfloat16 autocast with float32 weights; the result is a diffusers folder with an EMA of the weights
+and each channel's `latents_mean` and `latents_std`.
 """
 
 import argparse
 import io
 import json
 import math
+import re
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..command import run_command
 from ..conversion.latent_moments import LatentMoments
+from .views import distort, restyle
 
 
 # 16 pixels to a token along each axis, as KL-16: a 64 x 64 picture becomes 16 tokens of 32 channels.
@@ -40,12 +47,18 @@ VAE_CONFIG = {
 EMA_DECAY = 0.999
 # Parts of the training before the KL term comes in, and over which it grows.
 KL_START, KL_WARMUP = 0.35, 0.2
+# Answers that hang on these have words to learn.
+WORD_KINDS = ("content", "style")
+WORD_HEAD_WIDTH = 512
+# Views per picture that is drawn again; the encoder is a quarter of the cost.
+NUM_VIEWS = 2
 
 
-def read_pictures(path: str | Path, size: int) -> Tensor:
+def read_pictures(path: str | Path, size: int) -> tuple[list[dict[str, Any]], Tensor]:
     """
-    Reads the `image` column {bytes, path} of a parquet: `torch.ByteTensor` of shape `(N, 3, size, size)`; raises
-    `ValueError` if the column or a row's picture is missing or broken.
+    Reads a parquet with a column `image` {bytes, path}: its rows without the pictures, and those as
+    `torch.ByteTensor` of shape `(N, 3, size, size)`; raises `ValueError` if the column or a row's picture is missing
+    or broken.
     """
     table = pq.read_table(path)
     if "image" not in table.column_names or not len(table):
@@ -60,19 +73,104 @@ def read_pictures(path: str | Path, size: int) -> Tensor:
                 f"read ({error}). Drop the row or mend it."
             ) from error
         pictures.append(np.asarray(picture.resize((size, size), Image.Resampling.LANCZOS)))
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+    rows = table.drop_columns(["image"]).to_pylist()
+    return rows, torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
 
-def augment(pixel_values: Tensor, generator: torch.Generator) -> Tensor:
-    """Flips half the pictures and shifts all by up to 4 pixels (white border)."""
+def words_of(row: dict[str, Any], kind: str) -> tuple[str, ...]:
+    """The words of a row's answers that hang on `kind`, in the alphabet's order."""
+    pairs = zip(row.get("answers") or (), row.get("depends_on") or (), strict=False)
+    return tuple(sorted({w for answer, own in pairs if own == kind for w in re.findall(r"\w+", answer.lower())}))
+
+
+class Words:
+    """
+    The words of the training rows' answers of one kind, as distributions that a softmax learns.
+
+    Args:
+        rows (`list[dict]`): With `answers` and `depends_on`.
+        kind (`str`): Of `WORD_KINDS`.
+    """
+
+    def __init__(self, rows: list[dict[str, Any]], kind: str):
+        own = [words_of(row, kind) for row in rows]
+        self.answers = sorted(set(own) - {()})
+        self.vocabulary = {word: i for i, word in enumerate(sorted({w for answer in self.answers for w in answer}))}
+        # (A + 1, V): equal shares of an answer's words; the last row is for rows without an answer.
+        self._table = torch.zeros(len(self.answers) + 1, len(self.vocabulary))
+        for line, answer in zip(self._table, self.answers, strict=False):
+            line[[self.vocabulary[word] for word in answer]] = 1 / len(answer)
+        numbers = {answer: i for i, answer in enumerate(self.answers)}
+        self._row_answers = torch.tensor([numbers.get(answer, len(self.answers)) for answer in own])
+
+    def loss(self, logits: Tensor, indices: Tensor) -> Tensor:
+        """Cross entropy in nats of logits `(B, V)` for training rows `(B,)`, mean over those that have an answer."""
+        targets = self._table[self._row_answers[indices]].to(logits.device)
+        num_rows = int((targets.sum(-1) > 0).sum())
+        return F.cross_entropy(logits.float(), targets, reduction="sum") / max(1, num_rows)
+
+    def best(self, logits: Tensor) -> list[tuple[str, ...]]:
+        """The answers whose words are nearest to each of the logits `(B, V)`, by Kullback-Leibler divergence."""
+        table = self._table[:-1]
+        entropies = torch.special.entr(table).sum(-1)
+        scores = F.log_softmax(logits.float().cpu(), -1) @ table.T + entropies
+        return [self.answers[i] for i in scores.argmax(-1).tolist()]
+
+
+class WordHead(nn.Module):
+    """Latents `(B, C, h, w)` -> logits of words per kind; reads tokens one by one and takes their mean."""
+
+    def __init__(self, num_channels: int, sizes: dict[str, int]):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(num_channels, affine=False)
+        self.hidden = nn.Linear(num_channels, WORD_HEAD_WIDTH)
+        self.heads = nn.ModuleDict({kind: nn.Linear(WORD_HEAD_WIDTH, size) for kind, size in sizes.items()})
+
+    def forward(self, latents: Tensor) -> dict[str, Tensor]:
+        tokens = self.norm(latents).flatten(2).transpose(1, 2)  # (B, N, C)
+        pooled = F.gelu(self.hidden(tokens)).mean(1)
+        return {kind: head(pooled) for kind, head in self.heads.items()}
+
+
+def shift(pixel_values: Tensor, generator: torch.Generator) -> Tensor:
+    """Shifts pictures by up to 4 pixels (white border). They are not flipped: left and right have names."""
     batch, _, size, _ = pixel_values.shape
     padded = F.pad(pixel_values, (4, 4, 4, 4), value=1.0)
     out = torch.empty_like(pixel_values)
     for i in range(batch):
         top, left = torch.randint(0, 9, (2,), generator=generator).tolist()
-        picture = padded[i, :, top : top + size, left : left + size]
-        out[i] = picture.flip(-1) if torch.rand((), generator=generator) < 0.5 else picture
+        out[i] = padded[i, :, top : top + size, left : left + size]
     return out
+
+
+def draw_views(pictures: Tensor, redraw: bool) -> Tensor:
+    """Views (views.py) of pictures, bytes `(B, 3, H, W)`, in [-1, 1]: moved, and redrawn before where asked."""
+    views = []
+    for picture in pictures.permute(0, 2, 3, 1).numpy():
+        view = Image.fromarray(picture)
+        views.append(np.asarray(distort(restyle(view) if redraw else view)))
+    return torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def view_losses(
+    vae: AutoencoderKL,
+    head: WordHead,
+    pictures: Tensor,
+    words: dict[str, Words],
+    batch_size: int,
+    generator: torch.Generator,
+    with_noise: bool,
+) -> dict[str, Tensor]:
+    """The words' losses per kind on fresh views: what a picture shows from all, its style from those not redrawn."""
+    index = torch.randint(0, len(pictures), (NUM_VIEWS * batch_size,), generator=generator)
+    moved, redrawn = index[:batch_size], index[batch_size:]
+    views = torch.cat([draw_views(pictures[moved], redraw=False), draw_views(pictures[redrawn], redraw=True)])
+    views = views.to(vae.device, memory_format=torch.channels_last)
+    with torch.autocast(views.device.type, torch.bfloat16):
+        posterior = vae.encode(views).latent_dist
+        logits = head(posterior.sample() if with_noise else posterior.mode())
+    losses = {"content": (logits.get("content"), index), "style": (logits.get("style"), moved)}
+    return {kind: words[kind].loss(own[: len(rows)], rows) for kind, (own, rows) in losses.items() if kind in words}
 
 
 def gradient_loss(prediction: Tensor, target: Tensor) -> Tensor:
@@ -87,6 +185,19 @@ def chroma_error(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean absolute error of what is left of the colours without their grey; hues are learned last."""
     error = prediction - target
     return (error - error.mean(1, keepdim=True)).abs().mean()
+
+
+@torch.no_grad()
+def share_told(vae: AutoencoderKL, head: WordHead, pictures: Tensor, rows: list[dict[str, Any]], words: dict) -> dict:
+    """Share of rows per kind whose answer's words the head tells from the posterior's mode."""
+    hits = {kind: 0 for kind in words}
+    for start in range(0, len(pictures), 64):
+        pixel_values = pictures[start : start + 64].float() / 127.5 - 1
+        logits = head(vae.encode(pixel_values.to(vae.device)).latent_dist.mode())
+        for kind, own in words.items():
+            expected = [words_of(row, kind) for row in rows[start : start + 64]]
+            hits[kind] += sum(b == e for b, e in zip(own.best(logits[kind]), expected, strict=True))
+    return {kind: count / len(pictures) for kind, count in hits.items()}
 
 
 @torch.no_grad()
@@ -110,39 +221,45 @@ def measure(vae: AutoencoderKL, pictures: Tensor) -> dict[str, float | list[floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="parquet with an `image` column of training pictures")
-    parser.add_argument("--eval_data", help="parquet of held-out pictures, measured and never trained on")
+    parser.add_argument("--data", required=True, help="parquet of training rows")
+    parser.add_argument("--eval_data", help="parquet of held-out rows, measured and never trained on")
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--minutes", type=float, default=24.0, help="the training time; learning rate decays over it")
-    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--num_steps", type=int, default=13_000)
+    parser.add_argument("--batch_size", type=int, default=16, help="pictures to draw again in a step")
     parser.add_argument("--learning_rate", type=float, default=2.0e-3)
     parser.add_argument("--kl_weight", type=float, default=0.03, help="per unit of KL, against summed absolute error")
+    parser.add_argument("--word_weight", type=float, default=0.05, help="per nat of the words' cross entropy")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if not 0 < args.minutes < math.inf or args.batch_size < 1:
-        parser.error("--minutes must be above 0 and --batch_size at least 1")
+    if args.num_steps < 1 or args.batch_size < 1:
+        parser.error("--num_steps and --batch_size must be at least 1")
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"--out must be a folder; {args.out} is a file")
 
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
-    pictures = read_pictures(args.data, VAE_CONFIG["sample_size"])
+    rows, pictures = read_pictures(args.data, VAE_CONFIG["sample_size"])
     held_out = read_pictures(args.eval_data, VAE_CONFIG["sample_size"]) if args.eval_data else None
+    words = {kind: Words(rows, kind) for kind in WORD_KINDS}
+    words = {kind: own for kind, own in words.items() if own.answers and args.word_weight > 0}
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     vae = AutoencoderKL(**VAE_CONFIG).to(device, memory_format=torch.channels_last)
+    head = WordHead(VAE_CONFIG["latent_channels"], {k: len(own.vocabulary) for k, own in words.items()}).to(device)
     print(f"{sum(p.numel() for p in vae.parameters()):,} parameters, {len(pictures)} pictures", flush=True)
+    trained = nn.ModuleList([vae, head])
     averaged = torch.optim.swa_utils.AveragedModel(
-        vae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(EMA_DECAY)
+        trained, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(EMA_DECAY), use_buffers=True
     )
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=1.0e-4)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=1.0e-4)
 
-    start, step, last = time.monotonic(), 0, 0.0
-    while (passed := (time.monotonic() - start) / (60 * args.minutes)) < 1:
+    start, last = time.monotonic(), 0.0
+    for step in range(args.num_steps):
+        passed = step / args.num_steps
         warmup = min(1.0, (step + 1) / 100)
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * warmup * 0.5 * (1 + np.cos(np.pi * passed))
         index = torch.randint(0, len(pictures), (args.batch_size,), generator=generator)
-        pixel_values = augment(pictures[index].float() / 127.5 - 1, generator).to(
+        pixel_values = shift(pictures[index].float() / 127.5 - 1, generator).to(
             device, memory_format=torch.channels_last
         )
         with torch.autocast(device.type, torch.bfloat16):
@@ -156,27 +273,33 @@ def main() -> None:
         kl_weight = args.kl_weight * min(1.0, max(0.0, passed - KL_START) / KL_WARMUP)
         square = F.mse_loss(prediction, pixel_values)
         loss = absolute + 4 * square + 0.5 * gradient_loss(prediction, pixel_values) + kl_weight * kl / elements
+        told = {}
+        if words:
+            told = view_losses(vae, head, pictures, words, args.batch_size, generator, with_noise=passed >= KL_START)
+            loss = loss + args.word_weight * sum(told.values())
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
         optimizer.step()
-        averaged.update_parameters(vae)
-        step += 1
-        if step % 100 == 0:
+        averaged.update_parameters(trained)
+        if (step + 1) % 100 == 0:
             print(
-                f"step {step} {passed:.0%} l1 {absolute.item():.4f} "
+                f"step {step + 1} l1 {absolute.item():.4f} "
                 f"chroma {chroma_error(prediction, pixel_values).item():.4f} kl {kl.item():.0f} "
-                f"pictures/s {step * args.batch_size / (time.monotonic() - start):.0f}",
+                + "".join(f"{kind} {value.item():.3f} " for kind, value in told.items())
+                + f"pictures/s {(step + 1) * args.batch_size / (time.monotonic() - start):.0f}",
                 flush=True,
             )
         if time.monotonic() - last > 120:
             last = time.monotonic()
-            averaged.module.save_pretrained(args.out)
+            averaged.module[0].save_pretrained(args.out)
 
-    vae = averaged.module.eval()
-    report = {"steps": step, "train": measure(vae, pictures)}
+    vae, head = averaged.module.eval()
+    report = {"steps": args.num_steps, "train": measure(vae, pictures)}
     if held_out is not None:
-        report["held_out"] = measure(vae, held_out)
+        held_out_rows, held_out_pictures = held_out
+        report["held_out"] = measure(vae, held_out_pictures)
+        report["held_out"]["told"] = share_told(vae, head, held_out_pictures, held_out_rows, words)
     if not math.isfinite(report["train"]["psnr"]):
         raise ValueError("expected a VAE that trained; its error is NaN or infinite. Lower --learning_rate.")
     # The channels differ in spread; one scale for all would leave some of them with hardly any of the loss.

@@ -1,25 +1,56 @@
-"""`MMARTrainer`: transformers' `Trainer` with losses by kind, EMA and the frozen parts frozen."""
+"""`MMARTrainer`: transformers' `Trainer` with exact losses and batches, EMA, and the frozen parts frozen."""
 
-from collections.abc import Iterator
+import contextlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from PIL import Image
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import DataLoader, Sampler
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback, WandbCallback
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 
+from ..modeling_mmar.configuration_mmar import IGNORE_INDEX
 from ..pipelines.pipeline_mmar import MMARPipeline
-from ..processors.processing_mmar import MMARProcessor
+from ..processors.processing_mmar import TASKS, MMARProcessor
+from .checkpoints import finish, last_whole_checkpoint, saving_folder
+from .collator import MMARDataCollator, generators, sample_latents
+from .ema import EMA
+from .rows import BadRow, open_pictures
+from .samples import CAPTION_QUESTION, StepSampler, StreamedSamples, TrainingSamples
+from .sharding import (
+    SHARD_CHOICES,
+    is_sharded,
+    load_optimizer_state,
+    load_sharded,
+    shard_model,
+    whole_optimizer_state,
+    whole_state,
+)
 
 
-EMA_FILE = "ema.safetensors"
-LOSSES = ("text_loss", "image_loss")
-# Early steps average over fewer: decay (1 + t) / (10 + t), as in TensorFlow's moving averages.
-EMA_WARMUP = 10
+logger = logging.getLogger(__name__)
+
+# Rows that could not be used, one JSON line each.
+SKIPPED_FILE = "skipped_rows.jsonl"
+# So many of them are also told on the spot.
+NUM_TOLD_ROWS = 10
+# Where the streams of a rank stand.
+POSITIONS_FILE = "stream_positions_{rank}.json"
+# Intervals of timesteps whose image losses are logged apart.
+NUM_TIMESTEP_BINS = 10
 
 
 @dataclass
@@ -35,132 +66,223 @@ class MMARTrainingArguments(TrainingArguments):
         compile_layers (`bool`, *optional*, defaults to `False`): Compile each transformer layer and diffusion block
             with `torch.compile` for any batch and length; on a CPU it needs a C++ compiler. `torch_compile` compiles
             the whole model, which breaks where MMAR looks at its masks.
+        text_loss_weight, image_loss_weight (`float`, *optional*, defaults to 1.0): Of the losses (Eq. 4).
+        learning_rate_scales (`dict[str, float]`, *optional*): Factors of the learning rate for parameters whose names
+            begin so, such as `{"diffusion_mlp": 2.0}`; the longest name wins, and 0 freezes.
+        learning_rate_phases (`list[float]`, *optional*, defaults to `[1.0]`): Factors of the learning rate, each for
+            an equal part of the steps.
+        sort_by_length (`bool`, *optional*, defaults to `False`): Put samples of like length into one micro-batch,
+            within each optimizer step, which leaves its gradient as it is.
+        shard (`str`, *optional*, defaults to `"none"`): Shard weights, their gradients and optimizer states over the
+            ranks (FSDP2): `"trained"` ones only, so that frozen weights, of which every rank has all, are never
+            gathered; or `"all"`.
+        num_eval_pictures (`int`, *optional*, defaults to 0): Pictures to draw and to describe in each evaluation;
+            they go to `output_dir/samples`, TensorBoard and W&B.
     """
 
     ema_decay: float = field(default=0.9999, metadata={"help": "momentum of the weights' moving average; 0: none"})
     train_backbone: bool = field(default=False, metadata={"help": "also train Qwen2's own weights"})
     compile_layers: bool = field(default=False, metadata={"help": "compile each layer with torch.compile"})
+    text_loss_weight: float = field(default=1.0, metadata={"help": "of the text loss (Eq. 4)"})
+    image_loss_weight: float = field(default=1.0, metadata={"help": "of the image loss (Eq. 4)"})
+    learning_rate_scales: dict | str | None = field(
+        default=None, metadata={"help": "factors of the learning rate by the beginning of parameters' names"}
+    )
+    learning_rate_phases: list[float] = field(
+        default_factory=lambda: [1.0],
+        metadata={"help": "factors of the learning rate, each for an equal part of the steps"},
+    )
+    sort_by_length: bool = field(default=False, metadata={"help": "samples of like length in one micro-batch"})
+    shard: str = field(default="none", metadata={"help": "over ranks: none, trained or all weights"})
+    num_eval_pictures: int = field(default=0, metadata={"help": "pictures to draw and describe in each evaluation"})
 
     def __post_init__(self):
         # transformers refuses bf16 on a CPU that was not asked for by name.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if isinstance(self.learning_rate_scales, str):
+            self.learning_rate_scales = json.loads(self.learning_rate_scales)
         super().__post_init__()
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be in [0, 1); got {self.ema_decay}.")
+        for name in ("text_loss_weight", "image_loss_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"`{name}` must be at least 0 and finite; got {getattr(self, name)}.")
+        for name, scale in (self.learning_rate_scales or {}).items():
+            if not isinstance(scale, (int, float)) or not 0 <= scale < float("inf"):
+                raise ValueError(f"`learning_rate_scales` must be numbers of at least 0; got {scale!r} for {name!r}.")
+        phases = self.learning_rate_phases
+        numbers = isinstance(phases, list) and all(type(factor) in (int, float) for factor in phases)
+        if not numbers or not phases or phases[0] != 1 or not all(0 < factor < float("inf") for factor in phases):
+            raise ValueError(
+                "`learning_rate_phases` must be numbers above 0, the first of them 1, such as [1.0, 0.5] for half "
+                f"the learning rate in the second half of the training; got {phases!r}."
+            )
+        if self.shard not in SHARD_CHOICES:
+            raise ValueError(f"`shard` must be one of {', '.join(SHARD_CHOICES)}; got {self.shard!r}.")
+        if self.num_eval_pictures < 0:
+            raise ValueError(f"`num_eval_pictures` must be at least 0; got {self.num_eval_pictures}.")
         # The collator reads columns that `forward` does not name.
         self.remove_unused_columns = False
         # A loss of NaN must show, and stops the training.
         self.logging_nan_inf_filter = False
-
-
-class EMA:
-    """Exponential moving average of a model's trainable parameters, float32."""
-
-    def __init__(self, model: nn.Module, decay: float):
-        self.decay, self.num_updates = decay, 0
-        self.shadow = {name: p.detach().float().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Moves the average towards the model's weights."""
-        self.num_updates += 1
-        decay = min(self.decay, (1 + self.num_updates) / (EMA_WARMUP + self.num_updates))
-        parameters = dict(model.named_parameters())
-        shadows = list(self.shadow.values())
-        torch._foreach_lerp_(shadows, [parameters[name].detach().float() for name in self.shadow], 1 - decay)
-
-    @contextmanager
-    def applied_to(self, model: nn.Module) -> Iterator[None]:
-        """Within the context the model holds the averaged weights."""
-        parameters = dict(model.named_parameters())
-        kept = {name: parameters[name].detach().clone() for name in self.shadow}
-        self._write(parameters, self.shadow)
-        try:
-            yield
-        finally:
-            self._write(parameters, kept)
-
-    @staticmethod
-    @torch.no_grad()
-    def _write(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
-        for name, value in values.items():
-            parameters[name].copy_(value)
-
-    def save(self, folder: str | Path) -> None:
-        save_file(
-            {**self.shadow, "num_updates": torch.tensor(self.num_updates)}, Path(folder) / EMA_FILE, {"format": "pt"}
-        )
-
-    def load(self, folder: str | Path) -> None:
-        """Raises ValueError if the file is missing or its parameters are not those of the average."""
-        if not (Path(folder) / EMA_FILE).is_file():
-            raise ValueError(f"expected {EMA_FILE} in the checkpoint; it is not there. Resume with `ema_decay=0`.")
-        stored = load_file(Path(folder) / EMA_FILE)
-        self.num_updates = int(stored.pop("num_updates"))
-        if stored.keys() != self.shadow.keys():
-            raise ValueError(
-                f"{EMA_FILE} must hold the {len(self.shadow)} trained parameters; got {len(stored)}. Resume with the "
-                "same `train_backbone` and model."
-            )
-        for name, value in stored.items():
-            self.shadow[name].copy_(value)
-
-
-class _SeedPerRank(TrainerCallback):
-    """Tasks, masks and noise differ between ranks; transformers seeds all alike. A resumed state comes later."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if args.world_size > 1:
-            set_seed(args.seed + args.process_index)
+        # Losses are summed here; gathered logits of a whole vocabulary would not fit.
+        self.prediction_loss_only = True
 
 
 class _UpdateEMA(TrainerCallback):
     def __init__(self, trainer: "MMARTrainer"):
         self.trainer = trainer
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.ema.follow(self.trainer.plain_model)
+
     def on_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer.ema.update(self.trainer.accelerator.unwrap_model(self.trainer.model))
+        self.trainer.ema.update(self.trainer.plain_model)
+
+
+class _Progress(ProgressCallback):
+    """transformers' progress bar, whose estimate counts steps, with the samples per second."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        super().on_log(args, state, control, logs=logs, **kwargs)
+        if state.is_world_process_zero and self.training_bar is not None and "samples_per_second" in (logs or {}):
+            self.training_bar.set_postfix_str(f"{logs['samples_per_second']:.1f} samples/s")
+
+
+class LossSums:
+    """Sums of losses and their numbers of tokens, kept on the device: no sync but when they are read."""
+
+    def __init__(self, num_train_timesteps: int):
+        size = -(-num_train_timesteps // NUM_TIMESTEP_BINS)
+        self.bin_size = size
+        ranges = [(start, min(start + size, num_train_timesteps) - 1) for start in range(0, num_train_timesteps, size)]
+        self.names = ["text_loss", "image_loss", *(f"{task}_loss" for task in TASKS)]
+        self.names += [f"image_loss_t{first:03d}_{last:03d}" for first, last in ranges]
+        self.sums: Tensor | None = None
+
+    @torch.no_grad()
+    def add(self, outputs: Any, inputs: dict[str, Tensor], picture_tasks: Tensor | None) -> None:
+        """Adds a micro-batch; `picture_tasks` `(I,)` are the numbers of its pictures' tasks, if they are known."""
+        device = inputs["input_ids"].device
+        # float64: sums over thousands of tokens and steps, which ranks add in another order.
+        sums = torch.zeros(len(self.names), 2, dtype=torch.float64, device=device)
+        if outputs.text_loss is not None:
+            num_labels = count_labels(inputs["labels"])
+            text = torch.stack([outputs.text_loss.double() * num_labels, num_labels.double()])
+            sums[0] += text
+            sums[2 + TASKS.index("i2t")] += text
+        if outputs.token_losses is not None:
+            losses = outputs.token_losses.double()
+            sums[1] += torch.stack([losses.sum(), losses.new_tensor(losses.numel())])
+            ones = torch.ones_like(losses)
+            bins = 2 + len(TASKS) + outputs.timesteps // self.bin_size
+            pairs = torch.stack([losses, ones], -1).flatten(0, 1)
+            sums.index_add_(0, bins.flatten(), pairs)
+            if picture_tasks is not None:
+                own = picture_tasks[inputs["latent_mask"].nonzero()[:, 0]]  # (M,)
+                sums.index_add_(0, 2 + own.repeat(len(losses)), pairs)
+        self.sums = sums if self.sums is None else self.sums + sums
+
+    def take(self, reduce: Any, device: torch.device) -> dict[str, float]:
+        """Means since the last call, over all ranks, of the losses that there were."""
+        sums = self.sums if self.sums is not None else torch.zeros(len(self.names), 2, dtype=torch.float64)
+        self.sums = None
+        # MPS has no float64.
+        sums = reduce(sums.to(device, torch.float32 if device.type == "mps" else torch.float64), "sum").tolist()
+        return {name: total / number for name, (total, number) in zip(self.names, sums, strict=True) if number > 0}
+
+    def is_finite(self) -> bool:
+        """Whether all losses since the last `take` were; waits for the device."""
+        return self.sums is None or bool(torch.isfinite(self.sums).all())
+
+
+def count_labels(labels: Tensor) -> Tensor:
+    """Labelled tokens that have a token before them, which predicts them."""
+    return (labels[:, 1:] != IGNORE_INDEX).sum()
+
+
+def count_hidden(inputs: dict[str, Any]) -> Tensor:
+    """Hidden latents, which the image loss is taken of."""
+    mask = inputs.get("latent_mask")
+    return torch.zeros((), dtype=torch.long) if mask is None else mask.sum()
 
 
 class MMARTrainer(Trainer):
     r"""
     Trains an `MMARForConditionalGeneration`; see `Trainer` for the arguments.
 
-    Logs `text_loss` and `image_loss` beside `loss`, keeps an EMA of the trained weights (saved and resumed with each
-    checkpoint; `ema_weights()` applies it) and freezes what the paper freezes.
+    The loss of an optimizer step is the mean over all its labelled tokens plus the mean over all its hidden latents
+    (Eq. 4), over all micro-batches and ranks: how a step is cut into them changes nothing. With `TrainingSamples` the
+    samples and all random numbers are functions of the seed, so that a resumed training is the unbroken one.
+
+    Logs, beside `loss`: `text_loss` and `image_loss`; `t2i_loss`, `i2t_loss` and `uncond_loss` by task; the image loss
+    by interval of timesteps, `image_loss_t000_099` and so on; `samples_per_second`; `skipped_rows`, rows so far that
+    could not be used. Keeps an EMA of the trained weights, saved and resumed with each checkpoint, which evaluations
+    use and `ema_weights()` applies. Freezes what the paper freezes. Checkpoints are whole or not there
+    (checkpoints.py).
+
+    A model with peft's adapters on top is trained as they say, and its checkpoints hold the adapters.
     """
 
-    # MMAR's losses are means over a micro-batch; the Trainer divides by the accumulation steps.
-    loss_is_scaled_for_ga = False
+    # `compute_loss` takes the mean over the whole step.
+    loss_is_scaled_for_ga = True
 
     def __init__(self, model: nn.Module, args: MMARTrainingArguments, **kwargs):
         if not isinstance(args, MMARTrainingArguments):
             raise ValueError(f"`args` must be MMARTrainingArguments; got {type(args).__name__}.")
         if not hasattr(model, "freeze"):
             raise ValueError(f"`model` must be an MMARForConditionalGeneration; got {type(model).__name__}.")
+        # A user's LoRA on top trains what peft says.
+        is_adapted = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+        if is_adapted and args.train_backbone:
+            raise ValueError("`train_backbone` must be false for a model with peft's adapters; they are what learns.")
         if args.train_backbone and model.config.frozen_weights == "referenced":
             raise ValueError(
                 "`train_backbone` needs a model that holds its backbone; this one keeps it by reference. Save it with "
                 "`frozen='include'` and train that."
             )
-        model.freeze(train_backbone=args.train_backbone)
+        if not is_adapted:
+            model.freeze(train_backbone=args.train_backbone)
+        self._scales = learning_rate_scales(model, args.learning_rate_scales or {})
+        if args.shard != "none":
+            shard_model(model, args.device, shard_frozen=args.shard == "all")
+        # transformers does not resume sharded models; we do.
+        save_only_model = args.save_only_model
+        args.save_only_model = save_only_model or is_sharded(model)
         super().__init__(model=model, args=args, **kwargs)
-        if args.ema_decay > 0 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        args.save_only_model = save_only_model
+        if args.ema_decay > 0 and self.is_deepspeed_enabled:
             raise ValueError(
-                f"`ema_decay` must be 0 with FSDP and DeepSpeed, whose sharded weights the average cannot follow; got "
-                f"{args.ema_decay}. Train on one device or with DDP, or set `ema_decay=0`."
+                f"`ema_decay` must be 0 with DeepSpeed, whose partitioned weights the average cannot follow; got "
+                f"{args.ema_decay}. Shard with FSDP2, or set `ema_decay=0`."
             )
         if args.compile_layers:
             for module in model.modules():
-                if type(module).__name__ in model._no_split_modules:
+                if type(module).__name__.removeprefix("FSDP") in model._no_split_modules:
                     module.compile(dynamic=True)
+        self._pipeline = None
         if isinstance(self.processing_class, MMARProcessor):
-            self._pipeline = MMARPipeline(model, self.processing_class, model.default_scheduler())
-        self._sums: dict[str, Tensor] = {}
-        self.add_callback(_SeedPerRank())
+            plain = model.get_base_model() if is_adapted else model
+            self._pipeline = MMARPipeline(plain, self.processing_class, plain.default_scheduler())
+        self._is_adapted = is_adapted
+        if isinstance(self.data_collator, MMARDataCollator):
+            self.data_collator.for_trainer = True
+        num_train_timesteps = model.config.diffusion_config.num_train_timesteps
+        self._sums, self._eval_sums = LossSums(num_train_timesteps), LossSums(num_train_timesteps)
+        self._num_skipped = 0
+        self._positions: dict[int, Any] = {}
+        self._is_saving = False
+        self._last_log = (time.monotonic(), 0)
         self.ema = EMA(model, args.ema_decay) if args.ema_decay > 0 else None
         if self.ema is not None:
             self.add_callback(_UpdateEMA(self))
+        if not args.disable_tqdm and self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(_Progress)
+
+    @property
+    def plain_model(self) -> nn.Module:
+        """The model without the wrappers of DDP and the like."""
+        return self.accelerator.unwrap_model(self.model)
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
@@ -168,41 +290,145 @@ class MMARTrainer(Trainer):
         if self.ema is None:
             yield
         else:
-            with self.ema.applied_to(self.accelerator.unwrap_model(self.model)):
+            with self.ema.applied_to(self.plain_model):
                 yield
 
+    # ---------------------------------------------------------------------------------------------------------- data
+
+    def get_train_dataloader(self) -> DataLoader:
+        if not isinstance(self.train_dataset, StreamedSamples):
+            return super().get_train_dataloader()
+        # Each rank has rows of its own already.
+        return DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and not self.args.use_cpu,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(dataset, TrainingSamples):
+            return super()._get_train_sampler(train_dataset)
+        step_size = self.get_total_train_batch_size(self.args)
+        num_done = step_size * self.state.global_step
+        return StepSampler(dataset, step_size, self.args.sort_by_length, num_done)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        r"""
+        Trains; see `Trainer.train`.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): Folder of a checkpoint, or True for the last whole
+                one in `output_dir`.
+            **kwargs: Those of `Trainer.train`.
+
+        Raises:
+            ValueError: If there is no such checkpoint, or a loss is NaN or infinite.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"expected a whole checkpoint in {self.args.output_dir!r} to resume from; there is none. Train "
+                    "without `resume_from_checkpoint`."
+                )
+        if resume_from_checkpoint and isinstance(self.train_dataset, StreamedSamples):
+            self._resume_streams(Path(resume_from_checkpoint))
+        self._last_log = (time.monotonic(), None)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _resume_streams(self, checkpoint: Path) -> None:
+        path = checkpoint / POSITIONS_FILE.format(rank=self.args.process_index)
+        other = checkpoint / POSITIONS_FILE.format(rank=self.args.world_size)
+        if not path.is_file() or other.is_file():
+            raise ValueError(
+                f"expected the places in the streams of {self.args.world_size} ranks in {str(checkpoint)!r}; they are "
+                "not there. Resume with as many ranks as before, or start anew with `resume=false`."
+            )
+        positions = json.loads(path.read_text(encoding="utf-8"))
+        self._positions = {int(worker): position for worker, position in positions.items()}
+        self.train_dataset.positions = dict(self._positions)
+        # The streams go on from there by themselves.
+        self.args.ignore_data_skip = True
+
+    # ---------------------------------------------------------------------------------------------------------- loss
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
+        """Labelled tokens and hidden latents of an optimizer step, over its micro-batches and all ranks: `(2,)`."""
+        if not batch_samples or "labels" not in batch_samples[0]:
+            return None
+        counts = torch.zeros(2, dtype=torch.long)
+        for batch in batch_samples:
+            counts += torch.stack([count_labels(batch["labels"]).cpu(), count_hidden(batch).cpu()])
+        return self.accelerator.reduce(counts.to(device), "sum")
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(**inputs)
-        for name in LOSSES:
-            value = getattr(outputs, name)
-            if model.training and value is not None:
-                # Stays on the device: no sync but when it is logged.
-                entry = torch.stack([value.detach().float(), torch.ones_like(value, dtype=torch.float32)])
-                self._sums[name] = self._sums.get(name, 0) + entry
+        inputs = dict(inputs)
+        seeds, picture_tasks = inputs.pop("seeds", None), inputs.pop("picture_tasks", None)
+        skipped, position = inputs.pop("skipped", None), inputs.pop("position", None)
+        if seeds is not None:
+            own_generators = generators(seeds.tolist(), inputs["input_ids"].device)
+            if "latent_distributions" in inputs:
+                inputs["latents"] = sample_latents(inputs.pop("latent_distributions"), own_generators)
+            inputs["generator"] = own_generators or None
+        weights = (self.args.text_loss_weight, self.args.image_loss_weight)
+        if model.training:
+            self._note_skipped(skipped or ())
+            if position is not None:
+                self._positions[position[0]] = position[1]
+            if num_items_in_batch is not None:
+                own = torch.stack([count_labels(inputs["labels"]), count_hidden(inputs).to(num_items_in_batch)])
+                # Ranks' gradients are averaged, so that their sum needs the factor.
+                shares = own * self.args.world_size / num_items_in_batch.clamp(min=1)
+                weights = tuple(weight * share for weight, share in zip(weights, shares, strict=True))
+        else:
+            inputs["logits_to_keep"] = 1
+        outputs = model(**inputs, loss_weights=weights)
+        sums = self._sums if model.training else self._eval_sums
+        sums.add(outputs, inputs, picture_tasks)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def _note_skipped(self, skipped: list[tuple[str, Any, str]]) -> None:
+        """Tells of rows that could not be used, in the log and in a file."""
+        if not skipped:
+            return
+        lines = [json.dumps({"source": name, "row": row, "reason": reason}) for name, row, reason in skipped]
+        for line in lines[: max(0, NUM_TOLD_ROWS - self._num_skipped)]:
+            logger.warning("a row could not be used and was replaced by another: %s", line)
+        self._num_skipped += len(skipped)
+        Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        # One write each, so that ranks do not cut into each other's lines.
+        with open(Path(self.args.output_dir) / SKIPPED_FILE, "a", encoding="utf-8") as file:
+            file.write("".join(line + "\n" for line in lines))
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:
             self._check_finite()
-            logs = {**logs, **self._mean_losses()}
+            logs = {**logs, **self._sums.take(self.accelerator.reduce, self.args.device), **self._speed()}
+            skipped = torch.tensor(self._num_skipped, device=self.args.device)
+            logs["skipped_rows"] = int(self.accelerator.reduce(skipped, "sum"))
         super().log(logs, *args, **kwargs)
+
+    def _speed(self) -> dict[str, float]:
+        (then, step), now = self._last_log, time.monotonic()
+        self._last_log = (now, self.state.global_step)
+        if step is None or now <= then:
+            return {}  # the first interval has the compilation and the skipping of a resumed training in it
+        num_samples = (self.state.global_step - step) * self.get_total_train_batch_size(self.args)
+        return {"samples_per_second": round(num_samples / (now - then), 2)}
 
     def _check_finite(self) -> None:
         """Raises a `ValueError` if a loss since the last log was NaN or infinite: nothing good can come after it."""
-        for name, total in self._sums.items():
-            if not bool(torch.isfinite(total).all()):
-                raise ValueError(
-                    f"expected finite losses; got a {name} of NaN or infinity before step {self.state.global_step}. "
-                    "Lower `learning_rate`, or look for broken rows; the checkpoints before it are good."
-                )
+        if not self._sums.is_finite():
+            raise ValueError(
+                f"expected finite losses; got NaN or infinity before step {self.state.global_step}. Lower "
+                "`learning_rate`, or look for broken rows; the checkpoints before it are good."
+            )
 
-    def _mean_losses(self) -> dict[str, float]:
-        """Means of the losses since the last call, over the micro-batches of all ranks that had them."""
-        none = torch.zeros(2, device=self.args.device)
-        totals = {name: self._sums.get(name, none) for name in LOSSES}
-        self._sums = {}
-        totals = {name: self.accelerator.reduce(total.clone(), "sum") for name, total in totals.items()}
-        return {name: round((total[0] / total[1]).item(), 4) for name, total in totals.items() if total[1] > 0}
+    # ----------------------------------------------------------------------------------------------------- optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """No weight decay on norms, biases and embeddings."""
@@ -211,30 +437,265 @@ class MMARTrainer(Trainer):
             name for name in names if not name.endswith(("mask_token", "position_embedding", "embed_tokens.weight"))
         ]
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is not None or not self._scales:
+            return super().create_optimizer(model)
+        own_model = self.model if model is None else model
+        decayed = set(self.get_decay_parameter_names(own_model))
+        groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+        for name, parameter in own_model.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault((self._scales.get(name, 1.0), name in decayed), []).append(parameter)
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, own_model)
+        self.optimizer = optimizer_class(
+            [
+                {
+                    "params": parameters,
+                    "lr": self.args.learning_rate * scale,
+                    "weight_decay": self.args.weight_decay if has_decay else 0.0,
+                }
+                for (scale, has_decay), parameters in groups.items()
+            ],
+            **options,
+        )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        is_new = self.lr_scheduler is None
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if is_new:
+            apply_learning_rate_phases(scheduler, self.args.learning_rate_phases, num_training_steps)
+        return scheduler
+
+    # ---------------------------------------------------------------------------------------------------- evaluation
+
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         with self.ema_weights():
-            return super().evaluate(*args, **kwargs)
+            metrics = super().evaluate(*args, **kwargs)
+            if self.args.num_eval_pictures > 0:
+                self._show_samples()
+        return metrics
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        self._eval_sums.take(self.accelerator.reduce, self.args.device)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = self._eval_sums.take(self.accelerator.reduce, self.args.device)
+        weights = {"text_loss": self.args.text_loss_weight, "image_loss": self.args.image_loss_weight}
+        # Of all tokens, and not of micro-batches that have more or fewer of them.
+        means["loss"] = sum(weight * means[name] for name, weight in weights.items() if name in means)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def _show_samples(self) -> None:
+        """Draws captions of the evaluation rows and describes their pictures; see `num_eval_pictures`."""
+        dataset = self.eval_dataset
+        if not isinstance(dataset, TrainingSamples) or self._pipeline is None:
+            return
+        if not self.args.should_save or is_sharded(self.model) or self.is_fsdp_enabled:
+            return
+        shown = eval_rows(dataset, self.args.num_eval_pictures)
+        if not shown:
+            return
+        model, was_training = self.plain_model, self.model.training
+        model.eval()
+        generators = [torch.Generator().manual_seed(self.args.seed + i) for i in range(len(shown))]
+        captions = [caption for caption, _ in shown]
+        self._pipeline.set_progress_bar_config(disable=True)
+        drawn = self._pipeline(captions, generator=generators).images
+        chats = [
+            [{"role": "user", "content": [{"type": "image", "image": p}, {"type": "text", "text": CAPTION_QUESTION}]}]
+            for _, p in shown
+        ]
+        inputs = self.processing_class.apply_chat_template(
+            chats, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
+        ).to(model.device)
+        answers = model.generate(**inputs, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        described = [text.strip() for text in self.processing_class.batch_decode(answers, skip_special_tokens=True)]
+        model.train(was_training)
+        self._write_samples(captions, drawn, [picture for _, picture in shown], described)
+
+    def _write_samples(
+        self, captions: list[str], drawn: list[Image.Image], shown: list[Image.Image], described: list[str]
+    ) -> None:
+        step = self.state.global_step
+        folder = Path(self.args.output_dir) / "samples" / f"step-{step:07d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = []
+        for i, (caption, picture, original, answer) in enumerate(zip(captions, drawn, shown, described, strict=True)):
+            picture.save(folder / f"{i:03d}_drawn.png")
+            original.save(folder / f"{i:03d}_shown.png")
+            lines.append(json.dumps({"number": i, "caption": caption, "description": answer}))
+        (folder / "texts.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                for i, (caption, picture, answer) in enumerate(zip(captions, drawn, described, strict=True)):
+                    callback.tb_writer.add_image(f"samples/{i:03d}", np.asarray(picture), step, dataformats="HWC")
+                    callback.tb_writer.add_text(f"samples/{i:03d}", f"{caption} / described: {answer}", step)
+            elif isinstance(callback, WandbCallback) and callback._wandb is not None:
+                pictures = [callback._wandb.Image(p, caption=c) for p, c in zip(drawn, captions, strict=True)]
+                callback._wandb.log({"samples": pictures, "train/global_step": step})
+
+    # --------------------------------------------------------------------------------------------------- checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(saving_folder(folder)) if self._is_saving else folder
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         self._check_finite()
+        if state_dict is None and is_sharded(self.model):
+            state_dict = whole_state(self.model)
         super()._save(output_dir, state_dict)
-        if self.args.should_save and isinstance(self.processing_class, MMARProcessor):
+        if self.args.should_save and self._pipeline is not None and not self._is_adapted:
             # So that a checkpoint opens through every door.
             self._pipeline.save_index(output_dir if output_dir is not None else self.args.output_dir)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not is_sharded(self.model) or self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = whole_optimizer_state(self.model, self.optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._check_finite()
-        if self.ema is not None and self.args.should_save:
-            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
-            self.ema.save(folder)
-        super()._save_checkpoint(model, trial)
+        run_dir = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        written = saving_folder(run_dir) / name
+        if self.args.should_save:
+            # Left by a training that was killed while it saved.
+            shutil.rmtree(saving_folder(run_dir), ignore_errors=True)
+            written.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self._is_saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.ema is not None:
+                self.ema.save(written, self.plain_model, self.args.should_save)
+            if self._positions:
+                path = written / POSITIONS_FILE.format(rank=self.args.process_index)
+                path.write_text(json.dumps(self._positions), encoding="utf-8")
+        finally:
+            self._is_saving = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            if (best := self.state.best_global_step) and self.args.save_strategy != SaveStrategy.NO:
+                best_folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{best}"
+                if best_folder.is_dir() or best == self.state.global_step:
+                    self.state.best_model_checkpoint = str(best_folder)
+                    self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+            finish(written, run_dir / name)
+            rotate_checkpoints(
+                output_dir=str(run_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=False,
+            )
+        self.accelerator.wait_for_everyone()
 
     def load_checkpoint(self, folder: str) -> None:
         """Loads the weights of a checkpoint and their EMA, to evaluate or save them; `train` resumes a training."""
         self._load_from_checkpoint(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if is_sharded(self.model) and not self.is_fsdp_enabled:
+            load_sharded(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.ema is not None:
-            self.ema.load(resume_from_checkpoint)
+            self.ema.load(resume_from_checkpoint, self.plain_model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        path = Path(checkpoint) / OPTIMIZER_NAME
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        load_optimizer_state(self.model, self.optimizer, state)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
+
+def learning_rate_factor(phases: list[float], step: int, num_training_steps: int) -> float:
+    r"""
+    Args:
+        phases (`list[float]`): Factors of the learning rate, each for an equal part of the steps.
+        step (`int`): Of the optimizer, from 0.
+        num_training_steps (`int`): How many there are.
+
+    Returns:
+        `float`: The factor of that step.
+    """
+    return phases[min(step * len(phases) // num_training_steps, len(phases) - 1)]
+
+
+def apply_learning_rate_phases(scheduler: LRScheduler, phases: list[float], num_training_steps: int) -> None:
+    r"""
+    Multiplies a schedule by `MMARTrainingArguments.learning_rate_phases`: 7B's second stage halves its rate midway
+    (Sec. 4.2), for which transformers has no schedule.
+
+    Args:
+        scheduler (`LRScheduler`): As `Trainer.create_scheduler` makes it; changed in place, before its first step.
+        phases (`list[float]`): The factors.
+        num_training_steps (`int`): Steps of the whole training.
+
+    Raises:
+        ValueError: If the schedule is no function of the step.
+    """
+    if phases == [1.0]:
+        return
+    if not isinstance(scheduler, LambdaLR):
+        raise ValueError(
+            "`learning_rate_phases` need an `lr_scheduler_type` that is a function of the step; got a "
+            f"{type(scheduler).__name__}. Choose constant_with_warmup, or drop them."
+        )
+
+    def in_phases(schedule: Callable[[int], float]) -> Callable[[int], float]:
+        return lambda step: schedule(step) * learning_rate_factor(phases, step, num_training_steps)
+
+    scheduler.lr_lambdas = [in_phases(schedule) for schedule in scheduler.lr_lambdas]
+
+
+def learning_rate_scales(model: nn.Module, scales: dict[str, float]) -> dict[str, float]:
+    r"""
+    Factors of the learning rate by parameter; freezes those whose factor is 0.
+
+    Args:
+        model (`nn.Module`): Frozen as it will be trained.
+        scales (`dict[str, float]`): Factors by the beginning of names.
+
+    Returns:
+        `dict[str, float]`: Of the trained parameters that have one.
+
+    Raises:
+        ValueError: If no trained parameter has a beginning.
+    """
+    found, unused = {}, set(scales)
+    for name, parameter in model.named_parameters():
+        prefix = max((prefix for prefix in scales if name.startswith(prefix)), key=len, default=None)
+        if prefix is None or not parameter.requires_grad:
+            continue
+        unused.discard(prefix)
+        found[name] = scales[prefix]
+        parameter.requires_grad_(scales[prefix] > 0)
+    if unused:
+        raise ValueError(
+            f"`learning_rate_scales` must name trained parameters; none begins with {', '.join(sorted(unused))}. "
+            "Names are those of `model.named_parameters()`, such as 'diffusion_mlp'."
+        )
+    return found
+
+
+def eval_rows(dataset: TrainingSamples, count: int) -> list[tuple[str, Image.Image]]:
+    """First captions and pictures of the first rows that have both."""
+    shown = []
+    for source in dataset.sources:
+        for index in range(len(source)):
+            if len(shown) == count:
+                return shown
+            with contextlib.suppress(BadRow):
+                row = source.rows[index]
+                if row.get("captions") and row.get("image") is not None:
+                    shown.append((row["captions"][0], open_pictures(row)[0]))
+    return shown

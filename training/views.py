@@ -7,11 +7,11 @@ Each answer of a row hangs on one of `KINDS`, and each kind has its views:
     content     on what is shown, in whatever style: moved, and redrawn
     style       on how it is drawn, whatever is shown: tokens of several pictures of one style
 
-All draw from torch's global generator.
+The pictures' views draw from torch's global generator.
 """
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
@@ -27,7 +27,7 @@ LINES, FILLED, FEW_COLOURS, OTHER_COLOURS, BLURRED = 0.2, 0.15, 0.15, 0.3, 0.3
 # colour; share of other inks in an ink, and strength of the blend; radius of the blur in pixels.
 LINE_STRENGTH, LEAST_INK, FILL_INK, COLOUR_BITS = (1.5, 4.0), (5, 75), (165, 255), (2, 4)
 OTHER_INK, BLEND_STRENGTH, BLUR_RADIUS = 0.6, (0.6, 1.3), (0.3, 1.2)
-# `mix_style` keeps at most this share of a picture's own tokens.
+# `mix_tokens` keeps at most this share of a picture's own tokens.
 MAX_OWN_SHARE = 0.7
 
 
@@ -99,28 +99,24 @@ def restyle(picture: Image.Image) -> Image.Image:
     return redrawn
 
 
-def mix_style(latents: Tensor, styles: Sequence[Hashable]) -> Tensor:
+def mix_tokens(own: Tensor, donors: Sequence[Tensor], generator: torch.Generator) -> Tensor:
     r"""
     Latents of which many tokens come from other pictures of the same style: the style stays, and what is shown goes.
 
     Args:
-        latents (`torch.Tensor` of shape `(R, 2, C, h, w)`): Mean and std of each row's picture.
-        styles (`Sequence` of length R): The rows' styles.
+        own (`torch.Tensor` of shape `(2, C, h, w)`): Mean and std of a picture.
+        donors (`Sequence[torch.Tensor]`): Of other pictures of its style, each of that shape.
+        generator (`torch.Generator`): Source of the shares and places.
 
     Returns:
-        `torch.Tensor` of the shape of `latents`; each token stays at its place.
+        `torch.Tensor` of the shape of `own`; each token stays at its place.
     """
-    rows, (height, width) = len(latents), latents.shape[-2:]
-    members: dict[Hashable, list[int]] = {}
-    for row, style in enumerate(styles):
-        members.setdefault(style, []).append(row)
-    sources = torch.empty(rows, height * width, dtype=torch.long)
-    for own in members.values():
-        own = torch.tensor(own)
-        sources[own] = own[torch.randint(len(own), (len(own), height * width))]
-    own_share = MAX_OWN_SHARE * torch.rand(rows, 1)
-    sources = torch.where(torch.rand(sources.shape) < own_share, torch.arange(rows)[:, None], sources)
-    # (R, 2, C, h, w) -> (R, N, 2, C), and back
-    tokens = latents.flatten(3).permute(0, 3, 1, 2)
-    mixed = tokens[sources, torch.arange(height * width)]
-    return mixed.permute(0, 2, 3, 1).reshape(latents.shape)
+    if not donors:
+        return own
+    # Picture 0 is its own; it keeps a share of the tokens, and the donors get the rest.
+    shape = own.shape[-2:]
+    sources = torch.randint(1, len(donors) + 1, shape, generator=generator)
+    own_share = MAX_OWN_SHARE * torch.rand((), generator=generator)
+    sources[torch.rand(shape, generator=generator) < own_share] = 0
+    pictures = torch.stack([own, *donors])  # (1 + K, 2, C, h, w)
+    return pictures.gather(0, sources.expand(1, *own.shape))[0]

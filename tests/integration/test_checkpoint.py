@@ -12,7 +12,7 @@ from mmar import MMARConfig, MMARForConditionalGeneration, MMARPipeline
 from mmar.conversion.card_mmar import count_parameters
 from mmar.conversion.hub_mmar import export_remote_code
 from mmar.evaluation.emoji_styles import score_captions
-from mmar.training.data import read_rows
+from mmar.training.emoji_rows import read_rows
 
 
 CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "mmar-tiny"

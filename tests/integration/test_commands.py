@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,14 +10,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from PIL import Image
-from squares import COLOURS
+from safetensors.torch import load_file
+from squares import COLOURS, make_processor, make_rows, make_squares_model
 
 from mmar import MMARPipeline
 from mmar.conversion import export
 from mmar.evaluation import emoji_styles
-from mmar.training import init_tiny, train, train_vae
-from mmar.training.emoji_lite import QUESTIONS
+from mmar.training import init_tiny, latents, train, train_vae
+from mmar.training.emoji_rows import DEPENDS_ON, QUESTIONS
 
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +44,8 @@ def write_squares(path):
                 "captions": [f"an emoji of {colour} in flat style"],
                 "questions": list(QUESTIONS.values()),
                 "answers": [f"an emoji of {colour} in flat style", colour, "flat"],
+                "depends_on": DEPENDS_ON,
+                "swaps": [colour, None, None],
                 "label": colour,
                 "style": "flat",
                 "sibling_in_train": index < 2,
@@ -62,7 +67,7 @@ def data(tmp_path):
 
 def make_init(folder, data, monkeypatch, seed):
     vae = folder / f"vae{seed}"
-    run(train_vae, monkeypatch, "--data", data, "--eval_data", data, "--out", vae, "--minutes", 0.02, "--seed", seed)
+    run(train_vae, monkeypatch, "--data", data, "--eval_data", data, "--out", vae, "--num_steps", 3, "--seed", seed)
     init = folder / f"init{seed}"
     run(init_tiny, monkeypatch, "--config", ROOT / "configs/mmar-tiny", "--data", data, "--vae", vae, "--out", init)
     return init
@@ -74,8 +79,11 @@ def test_from_pictures_to_an_evaluated_checkpoint(tmp_path, data, monkeypatch, c
     assert report["steps"] > 0 and len(report["train"]["latents_std"]) == 32
     assert report["held_out"]["psnr"] == pytest.approx(report["train"]["psnr"], abs=1e-3)  # the same pictures
 
-    recipe = [ROOT / "training/recipes/mmar_tiny.yaml", f"data={data}", f"output_dir={tmp_path / 'run'}"]
-    recipe += ["num_copies=1", "per_device_train_batch_size=4", "save_steps=2", "use_cpu=true", "logging_steps=1"]
+    cache = tmp_path / "latents"
+    run(latents, monkeypatch, data, "--model", init, "--out", cache, "--num_copies", 1)
+    recipe = [ROOT / "training/recipes/mmar_tiny_stage1.yaml", f"data={data}", f"output_dir={tmp_path / 'run'}"]
+    recipe += [f"latents={cache}", f"eval_data={data}", "eval_strategy=steps", "eval_steps=2", "num_eval_pictures=1"]
+    recipe += ["per_device_train_batch_size=4", "save_steps=2", "use_cpu=true", "logging_steps=1"]
     run(train, monkeypatch, *recipe, f"model={init}", "max_steps=2")
     # Goes on from step 2, and has the right VAE.
     run(train, monkeypatch, *recipe, f"model={init}", "max_steps=4")
@@ -89,13 +97,27 @@ def test_from_pictures_to_an_evaluated_checkpoint(tmp_path, data, monkeypatch, c
     assert (tmp_path / "run" / "final" / "model.safetensors").read_bytes() == final
     assert not (tmp_path / "run" / "checkpoint-5").exists()
 
-    # A model with a VAE of its own would be trained on latents that the checkpoint's VAE does not make.
+    # A model with a VAE of its own would be trained on latents that its VAE, or the checkpoint's, does not make.
     other = make_init(tmp_path, data, monkeypatch, 1)
-    with pytest.raises(ValueError, match="expected the VAE of `model` in the checkpoint .*Set `resume=false`"):
+    with pytest.raises(ValueError, match="expected latents of the model.s VAE and latent scale"):
         run(train, monkeypatch, *recipe, f"model={other}", "max_steps=6")
+    others = tmp_path / "other_latents"
+    run(latents, monkeypatch, data, "--model", other, "--out", others, "--num_copies", 1)
+    with pytest.raises(ValueError, match="expected the VAE of `model` in the checkpoint .*Set `resume=false`"):
+        run(train, monkeypatch, *recipe, f"model={other}", f"latents={others}", "max_steps=6")
+
+    # The later stages go on from there; the last one trains the head only.
+    weights = []
+    for stage, folder in ((2, tmp_path / "run"), (3, tmp_path / "stage2")):
+        recipe[0] = ROOT / f"training/recipes/mmar_tiny_stage{stage}.yaml"
+        recipe[2] = f"output_dir={tmp_path / f'stage{stage}'}"
+        run(train, monkeypatch, *recipe, f"model={folder / 'final'}", "max_steps=2", "warmup_steps=0")
+        weights.append(load_file(tmp_path / f"stage{stage}" / "final" / "model.safetensors"))
+    changed = {name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])}
+    assert changed and all(name.startswith("diffusion_mlp.") for name in changed)
 
     folder = tmp_path / "exported"
-    run(export, monkeypatch, tmp_path / "run" / "final", folder, "--guidance_scale", 2, "--num_ar_steps", 3)
+    run(export, monkeypatch, tmp_path / "stage3" / "final", folder, "--guidance_scale", 2, "--num_ar_steps", 3)
     pipe = MMARPipeline.from_pretrained(folder)
     assert pipe.dtype == torch.bfloat16 and pipe.model.vae.dtype == torch.float32
     assert pipe.model.config.image_generation == {
@@ -113,3 +135,27 @@ def test_from_pictures_to_an_evaluated_checkpoint(tmp_path, data, monkeypatch, c
     assert result["rows"] == 4 and len(list((out / "pictures").glob("*.png"))) == 4
     assert {name: score["n"] for name, score in result["judge"].items()} == {"all": 4, "sibling": 2, "no_sibling": 2}
     assert set(result["captions"]) == set(QUESTIONS)
+
+
+def test_a_streamed_training_resumes_as_if_unbroken(tmp_path, monkeypatch):
+    processor = make_processor()
+    make_squares_model(processor).save_pretrained(tmp_path / "init")
+    processor.save_pretrained(tmp_path / "init")
+    rows = [{**row, "image": {"bytes": row["image"], "path": None}} for row in make_rows() * 3]
+    for shard in range(2):
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"rows-{shard}.parquet")
+    sources = [{"path": "rows-*.parquet", "weight": 3.0}, {"path": "rows-0.parquet", "task_weights": [0.0, 1.0, 0.0]}]
+    (tmp_path / "sources.yaml").write_text(yaml.safe_dump(sources))
+    recipe = [ROOT / "training/recipes/mmar_tiny_stage1.yaml", f"model={tmp_path / 'init'}", "streaming=true"]
+    recipe += [f"data={tmp_path / 'sources.yaml'}", "swap_rate=0", "per_device_train_batch_size=4", "use_cpu=true"]
+    recipe += ["save_steps=2", "logging_steps=1", "dataloader_num_workers=1", "warmup_steps=0"]
+
+    def losses(folder):
+        history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        return [entry["loss"] for entry in history if "loss" in entry]
+
+    run(train, monkeypatch, *recipe, f"output_dir={tmp_path / 'whole'}", "max_steps=6")
+    run(train, monkeypatch, *recipe, f"output_dir={tmp_path / 'broken'}", "max_steps=4")
+    shutil.rmtree(tmp_path / "broken" / "checkpoint-4")
+    run(train, monkeypatch, *recipe, f"output_dir={tmp_path / 'broken'}", "max_steps=6")
+    assert len(losses(tmp_path / "whole")) == 6 and losses(tmp_path / "broken") == losses(tmp_path / "whole")

@@ -8,6 +8,7 @@ import torch
 from helpers import qwen2_of, random_latents, random_text, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from squares import losses, make_processor, make_squares_model, make_trainer
 
 from mmar import MMARForConditionalGeneration
 from mmar.conversion.plora_peft import export_plora, import_plora, main
@@ -229,3 +230,31 @@ def test_own_lora_generates_text_and_pictures():
     drawn = adapted.base_model.model.generate_images(**prompt)
     prompt["generator"] = torch.Generator().manual_seed(0)
     assert (drawn - tiny_model().generate_images(**prompt)).abs().max() > 1e-3
+
+
+def test_a_lora_is_trained_saved_and_resumed(tmp_path):
+    processor = make_processor()
+
+    def lora_trainer(**options):
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "linear_1"], lora_alpha=8)
+        model = get_peft_model(make_squares_model(processor), config)
+        return make_trainer(tmp_path, processor, model, save_strategy="steps", save_steps=3, **options)
+
+    trainer = lora_trainer()
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name in before if "lora_" in name} and changed == set(trainer.ema.shadow)
+    assert sorted(path.name for path in (tmp_path / "checkpoint-3").glob("*.safetensors")) == [
+        "adapter_model.safetensors",
+        "ema.safetensors",
+    ]
+    resumed = lora_trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert losses(resumed) == losses(trainer)
+    loaded = PeftModel.from_pretrained(make_squares_model(processor), tmp_path / "checkpoint-6")
+    weights = dict(trainer.model.named_parameters())
+    assert all(torch.equal(p, weights[name]) for name, p in loaded.named_parameters())
+    with pytest.raises(ValueError, match="`train_backbone` must be false for a model with peft's adapters"):
+        lora_trainer(train_backbone=True)

@@ -1,52 +1,30 @@
-from pathlib import Path
+import json
 
 import pytest
 import torch
-from helpers import seeded, tiny_model
-from squares import make_processor, make_rows
+from helpers import seeded
+from PIL import Image
+from squares import losses as losses_of
+from squares import (
+    make_processor,
+    make_rows,
+    make_samples,
+    make_squares_model,
+    make_trainer,
+)
 from transformers import Trainer, TrainingArguments
 
 from mmar.modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from mmar.pipelines.pipeline_mmar import MMARPipeline
-from mmar.training.data import MMARDataCollator, MMARLatentDataset
-from mmar.training.train import parse
-from mmar.training.trainer import EMA, MMARTrainer, MMARTrainingArguments
-
-
-RECIPE = Path(__file__).parents[2] / "training" / "recipes" / "mmar_tiny.yaml"
+from mmar.training.collator import MMARDataCollator
+from mmar.training.ema import EMA
+from mmar.training.latents import LatentCache, cache_latents
+from mmar.training.trainer import MMARTrainer, MMARTrainingArguments
 
 
 @pytest.fixture
 def processor():
     return make_processor()
-
-
-def make_model(processor):
-    return tiny_model(text_config={"vocab_size": len(processor.tokenizer)}, image_token_id=processor.image_token_id)
-
-
-def make_trainer(folder, processor, model=None, max_steps=6, **options):
-    model = make_model(processor) if model is None else model
-    args = MMARTrainingArguments(
-        output_dir=str(folder),
-        use_cpu=True,
-        max_steps=max_steps,
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        logging_steps=1,
-        report_to="none",
-        disable_tqdm=True,
-        **{"ema_decay": 0.5, "save_strategy": "no", **options},
-    )
-    dataset = MMARLatentDataset(make_rows(), model, processor)
-    collator = MMARDataCollator(processor, model.config.num_latents, (0.5, 0.5, 0.0))
-    return MMARTrainer(
-        model=model, args=args, train_dataset=dataset, data_collator=collator, processing_class=processor
-    )
-
-
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def test_the_frozen_parts_stay(tmp_path, processor):
@@ -57,13 +35,15 @@ def test_the_frozen_parts_stay(tmp_path, processor):
     assert changed == {n for n, p in trainer.model.named_parameters() if p.requires_grad}
 
 
-def test_training_lowers_both_losses(tmp_path, processor):
+def test_training_lowers_both_losses_of(tmp_path, processor):
     torch.manual_seed(0)
-    config = make_model(processor).config
-    trainer = make_trainer(tmp_path, processor, MMARForConditionalGeneration(config), 100, train_backbone=True)
-    trainer.train_dataset.latents["picture"][
-        :, :, 1
-    ].zero_()  # an untrained VAE's posterior is mostly noise, which nothing can predict
+    config = make_squares_model(processor).config
+    model = MMARForConditionalGeneration(config)
+    with torch.no_grad():
+        # An untrained VAE's posterior is mostly noise, which nothing can predict: its log-variance channels.
+        model.vae.quant_conv.weight[4:] = 0
+        model.vae.quant_conv.bias[4:] = -20
+    trainer = make_trainer(tmp_path, processor, model, 100, train_backbone=True)
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "text_loss" in entry and "image_loss" in entry]
     for name in ("text_loss", "image_loss"):
@@ -72,13 +52,13 @@ def test_training_lowers_both_losses(tmp_path, processor):
 
 
 @pytest.mark.slow
-def test_compiled_layers_give_the_same_losses(tmp_path, processor):
+def test_compiled_layers_give_the_same_losses_of(tmp_path, processor):
     expected = make_trainer(tmp_path, processor)
     expected.train()
     compiled = make_trainer(tmp_path, processor, compile_layers=True)
     compiled.train()
     # Fused operations round otherwise, in float32; six steps of a learning rate of 1e-2 spread that.
-    assert losses(compiled) == pytest.approx(losses(expected), rel=1e-3)
+    assert losses_of(compiled) == pytest.approx(losses_of(expected), rel=1e-3)
     assert compiled.model.state_dict().keys() == expected.model.state_dict().keys()
 
 
@@ -89,7 +69,7 @@ def test_resumed_training_equals_unbroken_training(tmp_path, processor):
     part = make_trainer(tmp_path / "whole", processor, **options)
     part.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     # The same batches, noise and weights: bit for bit.
-    assert losses(part) == losses(whole)
+    assert losses_of(part) == losses_of(whole)
     for name, value in whole.ema.shadow.items():
         assert torch.equal(part.ema.shadow[name], value), name
 
@@ -149,86 +129,186 @@ def test_a_plain_trainer_trains_with_our_collator(tmp_path, processor):
         save_strategy="no",
         disable_tqdm=True,
     )
-    trainer = Trainer(ours.model, args, data_collator=ours.data_collator, train_dataset=ours.train_dataset)
+    collator = MMARDataCollator(processor, ours.model.config.num_latents)
+    trainer = Trainer(ours.model, args, data_collator=collator, train_dataset=make_rows())
     trainer.train()
-    assert len(losses(trainer)) == 3 and all(0 < loss < 20 for loss in losses(trainer))
-
-
-def test_recipe_parses_and_overrides_win(tmp_path):
-    overrides = [
-        "model=m",
-        "data=d",
-        f"output_dir={tmp_path}",
-        "max_steps=7",
-        "task_weights=[1, 0, 0]",
-        "ema_decay=0.5",
-    ]
-    data, args = parse([str(RECIPE), *overrides])
-    assert (data.model, data.task_weights, args.max_steps, args.ema_decay) == ("m", [1, 0, 0], 7, 0.5)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "expected a recipe"),
-        ([str(RECIPE), "nonsense"], "key=value"),
-        ([str(RECIPE), "model=m", "data=d", "output_dir=o", "no_such=1"], "no_such"),
-        ([str(RECIPE), "model=m"], "needs data, output_dir"),
-    ],
-)
-def test_bad_command_lines(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        parse(arguments)
-
-
-def test_yaml_values_become_the_types_of_their_fields(tmp_path):
-    base = [str(RECIPE), "model=m", "data=d", f"output_dir={tmp_path}"]
-    assert parse([*base, "learning_rate=1e-3"])[1].learning_rate == 1e-3  # a string in YAML 1.1
-    for override, message in (
-        ("max_steps=abc", "`max_steps` must be an integer; got 'abc'"),
-        ("swap_rate=null", "`swap_rate` must be a number; got None"),
-        ("seed=", "`seed` must be an integer; got None"),
-        ("output_dir=null", "the training needs output_dir"),
-        ("data=5", "`data` must be a text; got 5"),
-        ("swap_rate=[", "expected YAML in 'swap_rate'"),
-        ("ema_decay=a", "`ema_decay` must be a number; got 'a'"),
-        ("resume='no'", "`resume` must be true or false; got 'no'"),
-        ("mask_ratio_min=1.0", r"`mask_ratio_min` must be in \[0, 1\)"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            parse([*base, override])
+    assert len(losses_of(trainer)) == 3 and all(0 < loss < 20 for loss in losses_of(trainer))
 
 
 def test_a_loss_of_nan_ends_the_training_and_saves_nothing(tmp_path, processor):
     trainer = make_trainer(tmp_path, processor, save_strategy="steps", save_steps=1)
     with torch.no_grad():
         trainer.model.diffusion_mlp.output_projection.bias[0] = float("nan")
-    with pytest.raises(ValueError, match="expected finite losses; got a image_loss of NaN or infinity before step 1"):
+    with pytest.raises(ValueError, match="expected finite losses; got NaN or infinity before step 1"):
         trainer.train()
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
 def test_trainer_arguments_of_another_kind(tmp_path, processor):
     with pytest.raises(ValueError, match="`args` must be MMARTrainingArguments; got TrainingArguments"):
-        MMARTrainer(make_model(processor), TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+        MMARTrainer(make_squares_model(processor), TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
     with pytest.raises(ValueError, match="`model` must be an MMARForConditionalGeneration; got Linear"):
         MMARTrainer(torch.nn.Linear(1, 1), MMARTrainingArguments(output_dir=str(tmp_path), use_cpu=True))
 
 
 def test_checkpoint_of_another_model_is_refused(tmp_path, processor):
     trainer = make_trainer(tmp_path, processor, max_steps=1)
-    trainer.ema.save(tmp_path)
-    other = EMA(torch.nn.Linear(2, 2), 0.9)
+    trainer.ema.save(tmp_path, trainer.model)
+    linear = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match="trained parameters"):
-        other.load(tmp_path)
+        EMA(linear, 0.9).load(tmp_path, linear)
 
 
-def test_evaluation_does_not_reach_the_training_log(tmp_path, processor):
-    trainer = make_trainer(tmp_path, processor, max_steps=1)
+def test_evaluation_reports_its_own_losses(tmp_path, processor):
+    held_out = make_samples(processor, 10, seed=3)
+    trainer = make_trainer(tmp_path, processor, max_steps=2, eval_dataset=held_out, per_device_eval_batch_size=4)
     trainer.train()
-    dataset = trainer.train_dataset
-    trainer.evaluate(dataset)
-    assert trainer._mean_losses() == {}
+    metrics = trainer.evaluate()
+    assert trainer._sums.sums is None  # nothing of it reaches the training's log
+    with trainer.ema_weights():
+        text, image = [], []
+        trainer.model.eval()
+        for number in range(10):
+            batch = MMARDataCollator(processor, 16)([held_out[number]])
+            seed = [seeded(seed) for seed in held_out[number]["seeds"]]
+            outputs = trainer.model(**batch, generator=seed)
+            if outputs.text_loss is not None:
+                text += [outputs.text_loss.item()] * int((batch["labels"][:, 1:] != -100).sum())
+            if outputs.token_losses is not None:
+                image += outputs.token_losses.flatten().tolist()
+    expected = {"text_loss": sum(text) / len(text), "image_loss": sum(image) / len(image)}
+    for name, value in expected.items():
+        assert metrics[f"eval_{name}"] == pytest.approx(value, rel=1e-5), name
+    assert metrics["eval_loss"] == pytest.approx(sum(expected.values()), rel=1e-5)
+    assert trainer.evaluate()["eval_loss"] == metrics["eval_loss"]
+
+
+def test_evaluation_draws_and_describes(tmp_path, processor):
+    held_out = make_samples(processor, 4, seed=3)
+    trainer = make_trainer(tmp_path, processor, max_steps=1, eval_dataset=held_out, num_eval_pictures=3)
+    trainer.train()
+    trainer.evaluate()
+    folder = tmp_path / "samples" / "step-0000001"
+    lines = [json.loads(line) for line in (folder / "texts.jsonl").read_text().splitlines()]
+    assert [line["caption"] for line in lines] == [row["captions"][0] for row in make_rows()[:3]]
+    assert len(list(folder.glob("*_drawn.png"))) == len(list(folder.glob("*_shown.png"))) == 3
+    with trainer.ema_weights():
+        trainer.model.eval()
+        pipe = MMARPipeline(trainer.model, processor, trainer.model.default_scheduler())
+        generators = [seeded(trainer.args.seed + i) for i in range(3)]
+        drawn = pipe([line["caption"] for line in lines], generator=generators).images
+    for i, picture in enumerate(drawn):
+        assert picture.tobytes() == Image.open(folder / f"{i:03d}_drawn.png").tobytes()
+
+
+# How a step is cut
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+        {"sort_by_length": True, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        {"dataloader_num_workers": 2},
+        {"gradient_checkpointing": True},
+    ],
+)
+def test_how_a_step_is_cut_changes_nothing(tmp_path, processor, options):
+    whole, cut = make_trainer(tmp_path, processor), make_trainer(tmp_path, processor, **options)
+    for trainer in (whole, cut):
+        trainer.train()
+    # Sums of float32 in another order, spread by six steps of a learning rate of 1e-2.
+    assert losses_of(cut) == pytest.approx(losses_of(whole), rel=1e-4)
+    for ours, theirs in zip(cut.state.log_history[:-1], whole.state.log_history[:-1], strict=True):
+        assert ours.keys() >= theirs.keys() - {"samples_per_second"}
+        for name in theirs.keys() - {"samples_per_second"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3), name
+
+
+def test_losses_by_task_and_timestep_are_means_over_tokens(tmp_path, processor):
+    samples = make_samples(processor, 4)
+    trainer = make_trainer(tmp_path, processor, max_steps=1, train_dataset=samples)
+    collected = {name: [] for name in trainer._sums.names}
+    for number in range(4):
+        sample = samples[number]
+        outputs = trainer.model.train()(
+            **MMARDataCollator(processor, 16)([sample]), generator=[seeded(seed) for seed in sample["seeds"]]
+        )
+        task = ("t2i", "i2t", "uncond")[sample["task"]]
+        if outputs.text_loss is not None:
+            count = sum(label != -100 for label in sample["labels"])
+            for name in ("text_loss", "i2t_loss"):
+                collected[name] += [outputs.text_loss.item()] * count
+        else:
+            for loss, step in zip(outputs.token_losses.flatten(), outputs.timesteps.flatten(), strict=True):
+                first = int(step) // 100 * 100
+                for name in ("image_loss", f"{task}_loss", f"image_loss_t{first:03d}_{first + 99:03d}"):
+                    collected[name].append(loss.item())
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    expected = {name: sum(values) / len(values) for name, values in collected.items() if values}
+    assert {name for name in logged if name.endswith("_loss") or "loss_t" in name} == set(expected)
+    for name, value in expected.items():
+        assert logged[name] == pytest.approx(value, rel=1e-4), name
+    assert logged["loss"] == pytest.approx(expected["text_loss"] + expected["image_loss"], rel=1e-4)
+
+
+def test_cached_latents_give_the_losses_of_the_pictures(tmp_path, processor):
+    model, rows = make_squares_model(processor), make_rows()
+    cache_latents(rows, model, processor, tmp_path / "latents")
+    # Steps so small that Adam, which makes much of rounding, does not lead the two apart.
+    pictures = make_trainer(tmp_path, processor, learning_rate=1e-5)
+    samples = make_samples(processor, 24)
+    samples.sources[0].cache = LatentCache(tmp_path / "latents")
+    cached = make_trainer(tmp_path, processor, train_dataset=samples, learning_rate=1e-5)
+    for trainer in (pictures, cached):
+        trainer.train()
+    # The same posterior samples, timesteps and noise; the cache is in half precision.
+    assert losses_of(cached) == pytest.approx(losses_of(pictures), rel=5e-4)
+    assert "latent_distributions" in cached.data_collator([samples[0]])
+
+
+def test_loss_weights(tmp_path, processor):
+    trainer = make_trainer(tmp_path, processor, max_steps=1, text_loss_weight=0.5, image_loss_weight=2.0)
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert logged["loss"] == pytest.approx(0.5 * logged["text_loss"] + 2.0 * logged["image_loss"], rel=1e-5)
+    with pytest.raises(ValueError, match="`text_loss_weight` must be at least 0 and finite; got -1"):
+        MMARTrainingArguments(output_dir=str(tmp_path), use_cpu=True, text_loss_weight=-1)
+
+
+def test_broken_rows_are_counted_and_reported(tmp_path, processor):
+    rows = make_rows()
+    rows[1]["image"] = b"broken"
+    trainer = make_trainer(
+        tmp_path, processor, train_dataset=make_samples(processor, 24, rows), dataloader_num_workers=1
+    )
+    trainer.train()
+    lines = [json.loads(line) for line in (tmp_path / "skipped_rows.jsonl").read_text().splitlines()]
+    assert lines and all(line["row"] == 1 and "pictures that can be read" in line["reason"] for line in lines)
+    assert trainer.state.log_history[-2]["skipped_rows"] == len(lines)
+
+
+def test_learning_rates_by_parameter(tmp_path, processor):
+    scales = {"diffusion_mlp": 0.0, "diffusion_mlp.output_projection": 2.0}
+    trainer = make_trainer(tmp_path, processor, max_steps=1, learning_rate_scales=scales, weight_decay=0.1)
+    before = {name: p.detach().clone() for name, p in trainer.model.diffusion_mlp.named_parameters()}
+    trainer.train()
+    parameters = dict(trainer.model.diffusion_mlp.named_parameters())
+    changed = {name for name, value in before.items() if not torch.equal(parameters[name], value)}
+    assert changed == {"output_projection.weight", "output_projection.bias"}
+    rates = {(group["initial_lr"], group["weight_decay"]) for group in trainer.optimizer.param_groups}
+    assert rates == {(rate, decay) for rate in (1e-2, 2e-2) for decay in (0.0, 0.1)}
+    with pytest.raises(ValueError, match="must name trained parameters; none begins with vae"):
+        make_trainer(tmp_path, processor, learning_rate_scales={"vae": 0.5})
+
+
+def test_a_sharded_training_needs_two_processes(tmp_path, processor):
+    with pytest.raises(ValueError, match="`shard` needs at least two processes; got one"):
+        make_trainer(tmp_path, processor, shard="trained")
+    with pytest.raises(ValueError, match="`shard` must be one of none, trained, all; got 'some'"):
+        make_trainer(tmp_path, processor, shard="some")
 
 
 def test_weight_decay_spares_norms_biases_and_embeddings(tmp_path, processor):
@@ -242,5 +322,6 @@ def test_weight_decay_spares_norms_biases_and_embeddings(tmp_path, processor):
 
 
 def test_a_checkpoint_without_ema_is_refused(tmp_path):
+    linear = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match="ema_decay=0"):
-        EMA(torch.nn.Linear(2, 2), 0.9).load(tmp_path)
+        EMA(linear, 0.9).load(tmp_path, linear)

@@ -72,8 +72,8 @@ def test_samples_depend_on_seed_and_number_alone():
     numbers = [3, 999, 1000, 123_456_789]
     assert [first(n) for n in numbers] == [again(n) for n in reversed(numbers)][::-1]
     assert [first(n) for n in range(50)] != [other(n) for n in range(50)]
-    draw = torch.rand(4, generator=first.generator(17))
-    assert torch.equal(draw, torch.rand(4, generator=again.generator(17)))
-    assert not torch.equal(draw, torch.rand(4, generator=first.generator(18)))
+    draw = torch.rand(4, generator=first.generator(3, 17))
+    assert torch.equal(draw, torch.rand(4, generator=again.generator(3, 17)))
+    assert not torch.equal(draw, torch.rand(4, generator=first.generator(3, 18)))
     with pytest.raises(ValueError, match="a size above 0"):
         Mixture([0], [1], [[1, 1, 1]], 0)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmar.training.views import MAX_OWN_SHARE, distort, mix_style, restyle
+from mmar.training.views import MAX_OWN_SHARE, distort, mix_tokens, restyle
 
 
 @pytest.fixture
@@ -36,15 +36,15 @@ def test_restyle_leaves_the_shape_where_it_was(picture):
 
 
 def test_mixed_tokens_are_of_the_style_and_at_their_places():
-    styles = ["flat", "bold"] * 50
-    rows, places = torch.arange(100.0), torch.arange(16.0)
-    # The mean tells the row, the std the place.
-    latents = torch.stack([rows[:, None].expand(100, 16), places.expand(100, 16)], 1).view(100, 2, 1, 4, 4)
-    torch.manual_seed(0)
-    mixed = mix_style(latents, styles).flatten(3).squeeze(2)
+    places = torch.arange(16.0).view(1, 4, 4)
+    # The mean tells the picture, the std the place.
+    own, *donors = (torch.stack([torch.full_like(places, number), places]) for number in range(4))
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch.stack([mix_tokens(own, donors, generator) for _ in range(300)])
     sources, found = mixed.unbind(1)
-    assert torch.equal(found, places.expand(100, 16))
-    assert torch.equal(sources % 2, (rows % 2)[:, None].expand(100, 16))
-    own = (sources == rows[:, None]).float().mean().item()
-    # Half of the bound on average, and 1 in 50 by chance; three standard deviations are 0.07.
-    assert abs(own - (MAX_OWN_SHARE / 2 + (1 - MAX_OWN_SHARE / 2) / 50)) < 0.07
+    assert torch.equal(found, places.expand(300, 1, 4, 4))
+    shares = sources.flatten().long().bincount(minlength=4) / sources.numel()
+    # Half of the bound on average; three standard deviations are 0.04.
+    assert shares[0].item() == pytest.approx(MAX_OWN_SHARE / 2, abs=0.04)
+    assert shares[1:].tolist() == pytest.approx([(1 - MAX_OWN_SHARE / 2) / 3] * 3, abs=0.03)
+    assert torch.equal(mix_tokens(own, [], generator), own)

@@ -1,0 +1,44 @@
+"""
+Run by torchrun: trains on the squares over two ranks and writes what came out.
+
+    distributed_training.py OUT MODE STEPS [RESUME_FROM]
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from squares import losses, make_processor, make_squares_model, make_trainer
+from transformers.distributed import DistributedConfig
+
+from mmar.modeling_mmar.modeling_mmar import MMARForConditionalGeneration
+
+
+def main() -> None:
+    out, mode, steps = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    checkpoint = sys.argv[4] if len(sys.argv) > 4 else None
+    processor = make_processor()
+    options = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 3, "adam_epsilon": 1e-3}
+    model = make_squares_model(processor)
+    if mode == "distributed_config":
+        # Sharded by transformers as it is loaded.
+        model = MMARForConditionalGeneration.from_pretrained(
+            out / "init", distributed_config=DistributedConfig(fsdp_size=2)
+        )
+    elif mode.startswith("fsdp_"):
+        options["shard"] = mode.removeprefix("fsdp_")
+    trainer = make_trainer(out, processor, model, steps, **options)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    with trainer.ema_weights():
+        trainer.save_model(str(out / "final"))
+    if trainer.args.process_index == 0:
+        kinds = sorted({type(p).__name__ for p in trainer.model.parameters() if p.requires_grad})
+        frozen = sorted({type(p).__name__ for p in trainer.model.parameters() if not p.requires_grad})
+        result = {"losses": losses(trainer), "trained": kinds, "frozen": frozen, "log": trainer.state.log_history}
+        (out / "result.json").write_text(json.dumps(result))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""What a training leaves behind when it is killed, its disk is full, a rank dies, or its files are broken."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import threading
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from squares import losses, make_processor, make_trainer
+from transformers import TrainerCallback
+
+from mmar.training.checkpoints import MANIFEST_FILE, SAVING_FOLDER, fault, last_whole_checkpoint
+
+
+STEPS = 16
+OPTIONS = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
+NUM_KILLS = 24
+
+
+class KillSoon(TrainerCallback):
+    """Kills the process some time after training begins, wherever it is then."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def on_train_begin(self, *args, **kwargs):
+        threading.Timer(self.seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+
+def train(folder, seconds=None):
+    """Goes on from the last whole checkpoint in `folder`; killed after so many seconds."""
+    torch.set_num_threads(1)
+    trainer = make_trainer(folder, make_processor(), max_steps=STEPS, **OPTIONS)
+    if seconds is not None:
+        trainer.add_callback(KillSoon(seconds))
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
+    return trainer
+
+
+def train_killed(folder, seconds):
+    process = multiprocessing.get_context("forkserver").Process(target=train, args=(folder, seconds))
+    process.start()
+    process.join(120)
+    return process.exitcode
+
+
+def test_killed_at_any_moment_it_resumes_as_if_unbroken(tmp_path):
+    whole = train(tmp_path / "whole")
+    seconds = whole.state.log_history[-1]["train_runtime"]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["squares"])
+    draw, folder = random.Random(0), tmp_path / "killed"
+    reached, in_saving, kills = [], 0, 0
+    while kills < NUM_KILLS:
+        exit_code = train_killed(folder, draw.uniform(0, seconds / 2))
+        for checkpoint in folder.glob("checkpoint-*"):
+            assert fault(checkpoint) is None
+        if exit_code == 0:
+            # It came to its end: begin anew, so that all kills hit a training.
+            check_equal(folder, whole)
+            shutil.rmtree(folder)
+            continue
+        assert exit_code == -signal.SIGKILL
+        kills += 1
+        in_saving += (folder / SAVING_FOLDER).exists()
+        last = last_whole_checkpoint(folder)
+        reached.append(0 if last is None else int(last.rsplit("-", 1)[1]))
+    # Kills hit before the first checkpoint, between others, and in the middle of saving.
+    assert len(set(reached)) > 3 and in_saving > 0
+    train(folder)
+    check_equal(folder, whole)
+
+
+def check_equal(folder, whole):
+    """The last checkpoint holds the losses, weights and averages of the unbroken training, bit for bit."""
+    checkpoint, expected = folder / f"checkpoint-{STEPS}", f"{whole.args.output_dir}/checkpoint-{STEPS}"
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    assert [entry["loss"] for entry in state["log_history"] if "loss" in entry] == losses(whole)
+    for name in ("model.safetensors", "ema.safetensors"):
+        ours, theirs = load_file(checkpoint / name), load_file(f"{expected}/{name}")
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.fixture
+def two_checkpoints(tmp_path):
+    trainer = make_trainer(tmp_path, make_processor(), max_steps=4, **OPTIONS)
+    trainer.train()
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    return tmp_path, losses(trainer)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: cut(folder / "model.safetensors"), "model.safetensors has .* bytes in place of"),
+        (lambda folder: (folder / "optimizer.pt").unlink(), "optimizer.pt is missing"),
+        (lambda folder: (folder / "ema.safetensors").unlink(), "ema.safetensors is missing"),
+        (lambda folder: cut(folder / "trainer_state.json"), "trainer_state.json cannot be read"),
+        (lambda folder: (folder / MANIFEST_FILE).write_text("{"), "manifest.json cannot be read"),
+        (lambda folder: [path.unlink() for path in folder.glob("*") if path.is_file()], "trainer_state.json"),
+    ],
+)
+def test_a_broken_checkpoint_is_passed_over(two_checkpoints, spoil, message):
+    folder, expected = two_checkpoints
+    spoil(folder / "checkpoint-4")
+    trainer = make_trainer(folder, make_processor(), max_steps=4, **OPTIONS)
+    with pytest.warns(UserWarning, match=f"checkpoint-4 is not whole: {message}"):
+        trainer.train(resume_from_checkpoint=True)
+    assert losses(trainer) == expected
+    assert last_whole_checkpoint(folder) == str(folder / "checkpoint-4")  # written anew
+
+
+def test_checkpoints_without_a_manifest_are_looked_into(two_checkpoints):
+    folder, _ = two_checkpoints
+    for name in ("checkpoint-2", "checkpoint-4"):
+        (folder / name / MANIFEST_FILE).unlink()
+    assert last_whole_checkpoint(folder) == str(folder / "checkpoint-4")
+    cut(folder / "checkpoint-4" / "model.safetensors")
+    with pytest.warns(UserWarning, match="model.safetensors is broken or cut off"):
+        assert last_whole_checkpoint(folder) == str(folder / "checkpoint-2")
+
+
+def test_nothing_to_resume_from(tmp_path):
+    trainer = make_trainer(tmp_path, make_processor())
+    assert last_whole_checkpoint(tmp_path / "none") is None
+    with pytest.raises(ValueError, match="expected a whole checkpoint in .* there is none"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_full_disk_leaves_the_checkpoints_before(two_checkpoints, monkeypatch):
+    folder, _ = two_checkpoints
+    shutil.rmtree(folder / "checkpoint-4")
+    trainer = make_trainer(folder, make_processor(), max_steps=4, **OPTIONS)
+    save = torch.save
+
+    def no_space(content, path, *args, **kwargs):
+        if str(path).endswith("optimizer.pt"):
+            raise OSError(28, "No space left on device")
+        return save(content, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", no_space)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.train(resume_from_checkpoint=True)
+    assert last_whole_checkpoint(folder) == str(folder / "checkpoint-2")
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]

@@ -1,0 +1,111 @@
+"""
+Checkpoints that are whole or not there.
+
+A checkpoint is written into a folder of another name, which is renamed when all of it is on the disk. So a training
+that is killed at any moment, or whose disk is full, leaves its earlier checkpoints as they were.
+"""
+
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+
+# Where a checkpoint is written; `get_last_checkpoint` and a user's eye pass over it.
+SAVING_FOLDER = ".saving"
+# Names and sizes of a checkpoint's files.
+MANIFEST_FILE = "manifest.json"
+
+
+def saving_folder(output_dir: str | Path) -> Path:
+    """The folder in which a new checkpoint of `output_dir` is written."""
+    return Path(output_dir) / SAVING_FOLDER
+
+
+def finish(written: Path, target: Path) -> None:
+    """
+    Gives a checkpoint in a `saving_folder` its manifest and name, once all of it is on the disk; an older one of that
+    name goes, and so does the folder.
+    """
+    files = sorted(path for path in written.rglob("*") if path.is_file())
+    sizes = {path.relative_to(written).as_posix(): path.stat().st_size for path in files}
+    manifest = written / MANIFEST_FILE
+    manifest.write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
+    for path in (*files, manifest, written):
+        _sync(path)
+    replaced = written.with_name(f"{target.name}.replaced")
+    if target.exists():
+        os.rename(target, replaced)
+    os.rename(written, target)
+    _sync(target.parent)
+    shutil.rmtree(written.parent, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fault(checkpoint: str | Path) -> str | None:
+    r"""
+    What is wrong with a checkpoint, from its files' names, sizes and headers.
+
+    Args:
+        checkpoint (`str` or `Path`): Folder of a checkpoint, with a manifest or as transformers' `Trainer` writes it.
+
+    Returns:
+        `str` or None: Words for a message; None for a checkpoint that is whole.
+    """
+    checkpoint = Path(checkpoint)
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return f"{TRAINER_STATE_NAME} cannot be read ({error})"
+    if (checkpoint / MANIFEST_FILE).is_file():
+        try:
+            sizes = json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8"))
+        except ValueError as error:
+            return f"{MANIFEST_FILE} cannot be read ({error})"
+        for name, size in sizes.items():
+            path = checkpoint / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes in place of {size}"
+    for path in checkpoint.glob("*.safetensors"):
+        try:
+            with safe_open(path, framework="pt"):
+                pass  # reads the header, and compares it with the file's size
+        except (SafetensorError, OSError) as error:
+            return f"{path.name} is broken or cut off ({error})"
+    return None
+
+
+def last_whole_checkpoint(output_dir: str | Path) -> str | None:
+    r"""
+    The newest checkpoint that is whole; warns of newer ones that are not.
+
+    Args:
+        output_dir (`str` or `Path`): Folder of a training; it need not exist.
+
+    Returns:
+        `str` or None: Folder of the checkpoint, if there is one.
+    """
+    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
+    folders = [path for path in Path(output_dir).glob(f"{prefix}*") if path.is_dir()]
+    numbered = {int(number): path for path in folders if (number := path.name.removeprefix(prefix)).isdecimal()}
+    for number in sorted(numbered, reverse=True):
+        wrong = fault(numbered[number])
+        if wrong is None:
+            return str(numbered[number])
+        warnings.warn(f"{numbered[number]} is not whole: {wrong}. It is passed over.", stacklevel=2)
+    return None

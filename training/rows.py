@@ -1,0 +1,344 @@
+"""
+A training row: what it holds, how columns of other layouts become one, and how its pictures are opened.
+
+A row is a dict. It has one picture, `image` (content of a file as bytes, its path, or a PIL picture), or several,
+`images`, or `latents` in their place (latents.py), or none; and any of
+
+    captions            list of str
+    questions, answers  lists of str, pair by pair. Two more lists may go with the answers: `depends_on`, the kind of
+                        views (views.py) that an answer holds for, and `swaps`, the part of an answer that names the
+                        content, or None
+    messages            a chat as `MMARProcessor.apply_chat_template` reads it, `{"type": "image"}` standing for the
+                        next picture; the assistant's turns are learned
+    id                  str or int, for reports
+
+Pictures are not opened until `open_pictures`: a row costs what its bytes cost.
+"""
+
+import base64
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from PIL import Image
+
+from ..processors.image_processing_mmar import MMARImageProcessor
+from ..processors.processing_mmar import IMAGE_TOKEN_ALIAS
+from .views import KINDS
+
+
+# Members of a tar shard that are pictures, by their last extension.
+PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+# Columns in which a row's keys are looked for, the first that has a value; `columns` names others. `jpg`, `txt`,
+# `json` and `__key__` are what `datasets` makes of tar shards, `text` of the metadata of image folders.
+COLUMN_NAMES = {
+    "image": ("image", *PICTURE_EXTENSIONS),
+    "images": ("images",),
+    "captions": ("captions", "txt", "caption", "text"),
+    "questions": ("questions", "question"),
+    "answers": ("answers", "answer"),
+    "depends_on": ("depends_on",),
+    "swaps": ("swaps",),
+    "messages": ("messages", "conversations"),
+    "id": ("id", "__key__"),
+}
+TEXT_LISTS = ("captions", "questions", "answers")
+# LLaVA's names of who speaks, and OpenAI's.
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+# In a stream, where an error would end everything, a row that cannot be read has only this key, with the reason.
+UNREADABLE = "unreadable"
+
+
+class BadRow(ValueError):
+    """A row that cannot be used: it is skipped, counted and reported."""
+
+
+def check_row(row: dict[str, Any], name: str) -> dict[str, Any]:
+    r"""
+    Checks what can be checked of a row without opening its pictures.
+
+    Args:
+        row (`dict`): A training row.
+        name (`str`): What to call it in errors.
+
+    Returns:
+        `dict`: The row.
+
+    Raises:
+        BadRow: If it came unreadable from a stream, or has neither picture nor chat, a picture that is no file's
+            content or path, an empty text, questions and answers of unequal number, an unknown kind or a swap that is
+            not in its answer, or a chat that does not fit its pictures or has nothing to learn.
+    """
+    if UNREADABLE in row:
+        raise BadRow(row[UNREADABLE])
+    pictures = pictures_of(row)
+    if not pictures and "latents" not in row and not row.get("messages"):
+        raise BadRow(
+            f"{name} must hold a picture as `image`, several as `images`, or a chat as `messages`; got "
+            f"{', '.join(sorted(row)) or 'nothing'}. Name the columns with `columns`, or drop the row."
+        )
+    for picture in pictures:
+        _check_picture(picture, name)
+    for column in TEXT_LISTS:
+        texts = [] if row.get(column) is None else row[column]
+        if not isinstance(texts, list) or not all(text is None or isinstance(text, str) for text in texts):
+            raise BadRow(f"{name} must have `{column}` as a list of strings; got {texts!r}. Make it a list.")
+        if not all(text and text.strip() for text in texts):
+            raise BadRow(f"{name} must have `{column}`, none of them empty; got {texts!r}. Drop the row or fill it.")
+    questions, answers = row.get("questions") or [], row.get("answers") or []
+    if len(questions) != len(answers):
+        raise BadRow(
+            f"{name} must have one answer per question; got {len(questions)} questions and {len(answers)} answers."
+        )
+    legal = {
+        "depends_on": f"one of {', '.join(KINDS)}",
+        "swaps": "a text that stands in it once, before a space, or null",
+    }
+    for column, what in legal.items():
+        if row.get(column) is None:
+            continue
+        values = row[column]
+        good = isinstance(values, list) and len(values) == len(answers)
+        for value, answer in zip(values, answers, strict=True) if good else ():
+            # Something must follow that can be learned, and begin a token of its own.
+            is_part = isinstance(value, str) and bool(value.strip()) and answer.count(value) == 1
+            is_part = is_part and answer.partition(value)[2][:1].isspace()
+            good &= value in KINDS if column == "depends_on" else value is None or is_part
+        if not good:
+            raise BadRow(f"{name} must have `{column}` with, for each answer, {what}; got {values!r}.")
+    if row.get("messages"):
+        _check_chat(row["messages"], 1 if "latents" in row else len(pictures), name)
+    return row
+
+
+def pictures_of(row: dict[str, Any]) -> list[Any]:
+    """A row's pictures, unopened, in the order of its image marks; none if it has latents in their place."""
+    return [row["image"]] if row.get("image") is not None else list(row.get("images") or ())
+
+
+def open_pictures(row: dict[str, Any], name: str = "the row") -> list[Image.Image]:
+    r"""
+    Opens and decodes the pictures of a row: upright, RGB, transparency over white.
+
+    Args:
+        row (`dict`): A training row.
+        name (`str`, *optional*, defaults to `"the row"`): What to call it in errors.
+
+    Returns:
+        `list[PIL.Image.Image]`: One picture per entry of `pictures_of`.
+
+    Raises:
+        BadRow: If a picture is missing, empty, broken, truncated or too large.
+    """
+    opened = []
+    for number, picture in enumerate(pictures_of(row)):
+        _check_picture(picture, name)
+        try:
+            opened.append(_open_picture(picture))
+        except ValueError as error:
+            raise BadRow(f"{name} must hold pictures that can be read; picture {number} cannot: {error}") from error
+    return opened
+
+
+def _open_picture(picture: bytes | str | Path | Image.Image) -> Image.Image:
+    reader = MMARImageProcessor(do_resize=False, do_center_crop=False)
+    fetched = reader.fetch_images(picture)
+    if fetched is not picture and fetched.mode == "RGB" and not fetched.has_transparency_data:
+        return fetched
+    # Other modes, and PIL pictures, which may be still unread and turned: as the model sees them, to and fro without
+    # loss.
+    return reader.postprocess(reader(fetched)["pixel_values"])[0]
+
+
+# Columns to rows
+
+
+def check_columns(columns: Mapping[str, str | None] | None) -> dict[str, str | None]:
+    columns = dict(columns or {})
+    if not set(columns) <= set(COLUMN_NAMES) or not all(isinstance(name, str | None) for name in columns.values()):
+        raise ValueError(
+            f"`columns` must give names of columns, or null, for some of {', '.join(COLUMN_NAMES)}; got {columns}."
+        )
+    return columns
+
+
+def wanted_columns(existing: Sequence[str], columns: dict[str, str | None], where: str) -> list[str]:
+    """Columns of a table that rows are made of; raises ValueError if some are missing."""
+    # Some may stand within `json`, which holds the JSON of tar shards.
+    missing = [column for column in columns.values() if column is not None and column not in existing]
+    if missing and "json" not in existing:
+        raise ValueError(
+            f"expected the columns {', '.join(missing)} of `columns` in {where}; it has {', '.join(existing)}. Check "
+            "their names."
+        )
+    names = {key: (columns[key],) if key in columns else COLUMN_NAMES[key] for key in COLUMN_NAMES}
+    if not {*names["image"], *names["images"], *names["messages"], "json"} & set(existing):
+        raise ValueError(
+            f"expected a column of pictures or chats in {where}, one of {', '.join(COLUMN_NAMES['image'])}, images, "
+            f"{', '.join(COLUMN_NAMES['messages'])}; it has {', '.join(existing)}. Name it with `columns`, such as "
+            "{'image': 'photo'}; `python -m mmar.training.emoji_rows` shows how to make them."
+        )
+    known = {"json", *itertools.chain.from_iterable(names.values())}
+    return [name for name in existing if name in known]
+
+
+def make_row(
+    record: dict[str, Any], columns: dict[str, str | None], folder: str | Path | None, name: str
+) -> dict[str, Any]:
+    """A training row from columns of whatever layout; raises `BadRow`."""
+    if isinstance(record.get("json"), dict):
+        record = {**record["json"], **record}
+    values = {key: _value(record, key, columns, name) for key in COLUMN_NAMES}
+    row: dict[str, Any] = {key: value for key, value in values.items() if value is not None}
+    for key in TEXT_LISTS:
+        if isinstance(row.get(key), str):
+            row[key] = [row[key]]
+    pictures = _given_pictures(row.pop("image", None), row.pop("images", None), columns, name)
+    if "messages" in row:
+        row["messages"], inside = _chat(row["messages"], name)
+        if inside and pictures:
+            raise BadRow(f"{name} must have its pictures in its chat, or beside it; got both. Keep one.")
+        pictures = pictures or inside
+    pictures = [_picture(picture, folder, name) for picture in pictures]
+    if len(pictures) == 1:
+        row["image"] = pictures[0]
+    elif pictures:
+        row["images"] = pictures
+    return check_row(row, name)
+
+
+def _value(record: dict[str, Any], key: str, columns: dict[str, str | None], name: str) -> Any:
+    if key not in columns:
+        return next((record[column] for column in COLUMN_NAMES[key] if record.get(column) is not None), None)
+    column = columns[key]
+    if column is not None and column not in record:
+        raise BadRow(f"{name} must have the column {column!r} for `{key}`; it has {', '.join(sorted(record))}.")
+    return None if column is None else record[column]
+
+
+def _given_pictures(image: Any, images: Any, columns: dict[str, str | None], name: str) -> list[Any]:
+    """What stands for pictures beside a chat; LLaVA's `image` may be a list."""
+    if columns.get("image") is not None and "images" not in columns:
+        images = None
+    elif columns.get("images") is not None and "image" not in columns:
+        image = None
+    if images is not None and not isinstance(images, list):
+        raise BadRow(f"{name} must have `images` as a list; got {type(images).__name__}. Use `image` for one picture.")
+    if image is not None and images:
+        raise BadRow(f"{name} must have `image` or `images`; got both. Leave one out: `columns` with images: null.")
+    if image is not None:
+        return image if isinstance(image, list) else [image]
+    return images or []
+
+
+def _picture(value: Any, folder: str | Path | None, name: str) -> bytes | str | Image.Image:
+    """A picture as bytes, absolute or given path, or PIL picture; not opened."""
+    if isinstance(value, dict):
+        # As `datasets` stores pictures.
+        path, value = value.get("path"), value.get("bytes") or value.get("path") or b""
+        if value is path and isinstance(path, str) and "://" in path:
+            # Within an archive or on the Hub, as `datasets` names what it streams.
+            try:
+                with fsspec.open(path, "rb") as file:
+                    return file.read()
+            except Exception as error:
+                raise BadRow(f"{name} must hold its picture's file; {path!r} cannot be read: {error}.") from error
+    if isinstance(value, str) and value.startswith("data:"):
+        try:
+            return base64.b64decode(value.partition(",")[2], validate=True)
+        except ValueError as error:
+            raise BadRow(f"{name} must hold its picture in base64 after the comma; it is not: {error}.") from error
+    if isinstance(value, str) and value and folder is not None:
+        return os.path.join(folder, value)
+    return value
+
+
+def _check_picture(picture: Any, name: str) -> None:
+    if isinstance(picture, Image.Image) or (isinstance(picture, bytes) and picture):
+        return
+    if isinstance(picture, (str, Path)) and str(picture):
+        if os.path.isfile(picture):
+            return
+        got = f"{str(picture)!r}, where no file is"
+    else:
+        is_empty = picture is None or isinstance(picture, (bytes, str))
+        got = "none" if is_empty else type(picture).__name__
+    raise BadRow(
+        f"{name} must hold its picture's file, as {{bytes, path}}, bytes or path; got {got}. Fill it, check the "
+        "folder, or drop the row."
+    )
+
+
+def _chat(turns: Any, name: str) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Turns of LLaVA or OpenAI as `apply_chat_template` reads them, and the pictures that stand in them."""
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise BadRow(f"{name} must have its chat as a list of turns; got {turns!r}.")
+    messages, pictures = [], []
+    for turn in turns:
+        speaker = turn.get("from") or turn.get("role")
+        if not isinstance(speaker, str) or speaker not in ROLES:
+            raise BadRow(f"{name} must have turns from {', '.join(ROLES)}; got one from {speaker!r}.")
+        content = turn["value"] if turn.get("value") is not None else turn.get("content")
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
+        if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+            raise BadRow(f"{name} must have turns of text and pictures; got {content!r}.")
+        items = []
+        for part in parts:
+            if part.get("type") == "text" and isinstance(part.get("text"), str):
+                items += _split_at_marks(part["text"])
+            elif part.get("type") in ("image", "image_url"):
+                items.append({"type": "image"})
+                sources = [part.get(key) for key in ("image", "path", "url", "image_url")]
+                picture = next((source for source in sources if source is not None), None)
+                picture = picture["url"] if isinstance(picture, dict) and "url" in picture else picture
+                pictures += [] if picture is None else [picture]
+            else:
+                raise BadRow(f"{name} must have turns of text and pictures; got a part {part!r}.")
+        messages.append({"role": ROLES[speaker], "content": items})
+    return messages, pictures
+
+
+def _split_at_marks(text: str) -> list[dict[str, str]]:
+    """Text and pictures of a turn. Space beside a mark goes: the chat template sets its own."""
+    pieces = text.split(IMAGE_TOKEN_ALIAS)
+    if len(pieces) == 1:
+        return [{"type": "text", "text": text}]
+    items: list[dict[str, str]] = []
+    for number, piece in enumerate(pieces):
+        items += [{"type": "image"}] if number > 0 else []
+        items += [{"type": "text", "text": piece.strip()}] if piece.strip() else []
+    return items
+
+
+def _check_chat(messages: Any, num_pictures: int, name: str) -> None:
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise BadRow(f"{name} must have `messages` as a list of turns; got {messages!r}.")
+    num_marks, answers = 0, 0
+    for number, message in enumerate(messages):
+        role, content = message.get("role"), message.get("content")
+        items = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        items = items if isinstance(items, list) else [items]
+        kinds = [item.get("type") if isinstance(item, dict) else type(item).__name__ for item in items]
+        if role not in ROLES.values() or not all(kind in ("text", "image") for kind in kinds):
+            raise BadRow(
+                f"{name} must have turns of user, assistant or system with text and pictures; turn {number} is of "
+                f"{role!r} with {kinds}."
+            )
+        texts = [item.get("text") for item in items if item["type"] == "text"]
+        if not items or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise BadRow(f"{name} must have no empty turn; turn {number}, of the {role}, is. Drop the row or fill it.")
+        if "image" in kinds and role == "assistant":
+            raise BadRow(
+                f"{name} must have its pictures in turns of the user; turn {number}, the assistant's, has one."
+            )
+        num_marks, answers = num_marks + kinds.count("image"), answers + (role == "assistant")
+    if answers == 0:
+        raise BadRow(f"{name} must have a turn of the assistant, which is learned; got none.")
+    if num_marks != num_pictures:
+        raise BadRow(
+            f"{name} must have one mark {IMAGE_TOKEN_ALIAS} per picture; got {num_marks} marks for {num_pictures} "
+            "pictures. Add or drop marks, or drop the row."
+        )

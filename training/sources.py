@@ -1,0 +1,608 @@
+"""Training rows (rows.py) by their number, or as a stream, from the layouts in which data sets come."""
+
+import glob
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+import tarfile
+import tempfile
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from huggingface_hub import constants
+from tqdm.auto import tqdm
+
+from .rows import (
+    PICTURE_EXTENSIONS,
+    UNREADABLE,
+    BadRow,
+    check_columns,
+    make_row,
+    wanted_columns,
+)
+
+
+# A source is refused at once if none of its first rows can be used.
+NUM_PROBED_ROWS = 100
+# Rows of a parquet file that a stream holds at a time.
+STREAM_BATCH_SIZE = 32
+# Under HF_HOME; the number is that of the index's layout.
+TAR_INDEX_FOLDER = ("mmar", "tar_index_1")
+BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+# A byte order mark may stand before JSON.
+JSON_SPACE = re.compile(r"[\s\ufeff]*")
+
+
+class Source(Protocol):
+    """Training rows by number. Reading one raises `BadRow` if it is broken, `IndexError` if there is no such number,
+    and `ValueError` if the source itself can no longer be read."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+def open_source(
+    path: str | Path,
+    columns: Mapping[str, str | None] | None = None,
+    split: str = "train",
+    image_folder: str | Path | None = None,
+) -> Source:
+    r"""
+    Opens training rows for access by number.
+
+    Args:
+        path (`str` or `Path`): One of
+
+            * `*.parquet`, `*.tar` (WebDataset, not compressed; an index of it is kept under HF_HOME), `*.json` or
+              `*.jsonl` (LLaVA's `conversations`, or `messages`): a file, a glob or a range of files such as
+              `shard-{000..012}.tar`
+            * a folder that `datasets.save_to_disk` wrote
+            * a folder of pictures, with metadata.csv or metadata.jsonl for captions, a folder of parquet files, an id
+              on the Hub, or whatever else `datasets.load_dataset` reads
+        columns (`Mapping[str, str]`, *optional*): The file's columns by our keys, such as `{"image": "photo"}`, where
+            `COLUMN_NAMES` does not have them; in a tar shard extensions or keys of the JSON member. A key of None is
+            not read.
+        split (`str`, *optional*, defaults to `"train"`): Of what `datasets` reads; files are read as they are.
+        image_folder (`str` or `Path`, *optional*): Where relative paths of pictures start; the folder of their file
+            by default.
+
+    Returns:
+        `Source` of training rows, with one picture as `image` and several as `images`.
+
+    Raises:
+        ValueError: If there is no such source, it is not what its name says or has no rows, a column is missing, or
+            none of its first rows can be used.
+
+    Example:
+
+    ```python
+    >>> rows = open_source("checkpoints/emoji-lite/train.parquet")
+    >>> rows[0]["captions"]
+    ```
+    """
+    path, columns = os.fspath(path), check_columns(columns)
+    kind = _kind(path)
+    if kind == "parquet":
+        files = _expand(path)
+        _check_parquet(files, columns, path)
+        # `datasets` copies the rows once into its cache (HF_DATASETS_CACHE), as Arrow, and maps it into memory: a row
+        # costs its own bytes wherever it stands, and workers share them. In parquet itself a row costs the decoding
+        # of its row group, up to hundreds of pictures; sets too large to copy are streamed, or come as tar shards.
+        data_files = {"train": [glob.escape(os.path.abspath(file)) for file in files]}
+        rows = _load("parquet", path, "train", data_files=data_files)
+        source = TableSource(rows, path, columns, image_folder or Path(files[0]).parent)
+    elif kind == "tar":
+        spans = {file: _tar_spans(file) for file in tqdm(_expand(path), desc="indices of tar shards", delay=2)}
+        source = FileSource(spans, _tar_record, path, columns, image_folder)
+    elif kind == "json":
+        spans = {file: _json_spans(file) for file in _expand(path)}
+        source = FileSource(spans, _json_record, path, columns, image_folder)
+    else:
+        rows = _load_saved(path, split) if kind == "saved" else _load(path, path, split)
+        folder = image_folder or (path if kind == "folder" else None)
+        source = TableSource(rows, path, columns, folder)
+    return _probed(source)
+
+
+def open_stream(
+    path: str | Path,
+    columns: Mapping[str, str | None] | None = None,
+    split: str = "train",
+    image_folder: str | Path | None = None,
+) -> datasets.IterableDataset:
+    r"""
+    Opens training rows to be read one after the other; nothing is copied or indexed.
+
+    A row that cannot be read comes as `{"unreadable": reason}`, at which `check_row` raises; what cannot be read any
+    more, such as a shard that vanished, ends the stream with a `ValueError`.
+
+    A file is a shard. `datasets.distributed.split_dataset_by_node` and the workers of a `DataLoader` give each row to
+    one of them, whatever their number; shards in a multiple of ranks times workers spare them from reading, though
+    not from opening, the pictures of others.
+
+    Args:
+        path (`str` or `Path`): `*.parquet` or `*.tar` files, a folder or an id on the Hub, as for `open_source`.
+        columns, split, image_folder: As for `open_source`.
+
+    Returns:
+        `datasets.IterableDataset` of training rows.
+
+    Raises:
+        ValueError: If there is no such source, it cannot be streamed, is not what its name says or has no rows, or a
+            column is missing.
+    """
+    path, columns = os.fspath(path), check_columns(columns)
+    kind = _kind(path)
+    if kind in ("json", "saved"):
+        raise ValueError(
+            f"expected parquet files, tar shards, a folder or an id on the Hub to stream; got {path!r}. Its texts fit "
+            "in memory or are mapped: open it by number."
+        )
+    if kind in ("hub", "folder"):
+        folder = image_folder or (path if kind == "folder" else None)
+        return _stream_dataset(_load(path, path, split, streaming=True), path, columns, folder)
+    files = _expand(path)
+    if kind == "parquet":
+        _check_parquet(files, columns, path)
+    elif not any(next(itertools.pairwise(_tar_bounds(file)), None) for file in files):
+        raise _no_rows(path)
+    return datasets.IterableDataset.from_generator(
+        _stream_parquet if kind == "parquet" else _stream_tar,
+        # `datasets` takes a list for shards.
+        gen_kwargs={"files": files, "columns": columns, "image_folder": image_folder},
+    )
+
+
+# Sources
+
+
+@dataclass
+class TableSource:
+    """Rows of a `datasets.Dataset`; relative paths of pictures start at `folder`."""
+
+    rows: datasets.Dataset
+    name: str
+    columns: dict[str, str | None]
+    folder: str | Path | None
+
+    def __post_init__(self):
+        if len(self.rows) == 0:
+            raise _no_rows(self.name)
+        # As Arrow, pictures stay the bytes or paths that they are, and other columns are not read.
+        wanted = wanted_columns(self.rows.column_names, self.columns, self.name)
+        self.rows = self.rows.select_columns(wanted).with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        _check_index(index, self)
+        record = self.rows[index].to_pylist()[0]
+        return make_row(record, self.columns, self.folder, f"row {index} of {self.name}")
+
+
+@dataclass(frozen=True)
+class IndexedFile:
+    """A file as it was when it was indexed."""
+
+    path: str
+    size: int
+    modified: int
+
+    @classmethod
+    def of(cls, path: str) -> "IndexedFile":
+        """Raises ValueError if there is none."""
+        try:
+            state = os.stat(path)
+        except OSError as error:
+            raise _vanished(path, error) from error
+        return cls(path, state.st_size, state.st_mtime_ns)
+
+    def read(self, start: int, end: int) -> bytes:
+        """Bytes `[start, end)`; raises ValueError if the file is not what it was."""
+        try:
+            # Opened each time: there may be more shards than a process may have open.
+            with open(self.path, "rb") as file:
+                state = os.fstat(file.fileno())
+                file.seek(start)
+                data = file.read(end - start)
+        except OSError as error:
+            raise _vanished(self.path, error) from error
+        if (state.st_size, state.st_mtime_ns) != (self.size, self.modified):
+            raise ValueError(
+                f"expected {self.path!r} as it was when it was indexed; it has changed since. Start again."
+            )
+        return data
+
+
+def _vanished(path: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"expected {path!r}, which was there at the start; it cannot be read any more ({error}). Put it back and "
+        "start again."
+    )
+
+
+class FileSource:
+    r"""
+    Rows that are spans of files, read by seeking.
+
+    Args:
+        spans (`dict[str, tuple[np.ndarray, np.ndarray]]`): For each file, where its rows begin and end, in bytes.
+        read_record (`Callable`): From the bytes of a span, the file's path and the row's number in it to the columns
+            and the row's name.
+        name (`str`): Of the source.
+        columns (`dict[str, str]`): Columns by our keys.
+        folder (`str` or `Path`, *optional*): Where relative paths of pictures start; the file's folder by default.
+    """
+
+    def __init__(
+        self,
+        spans: dict[str, tuple[np.ndarray, np.ndarray]],
+        read_record: Callable[[bytes, str, int], tuple[dict[str, Any], str]],
+        name: str,
+        columns: dict[str, str | None],
+        folder: str | Path | None,
+    ):
+        self.files = [IndexedFile.of(path) for path in spans]
+        self.spans = list(spans.values())
+        self.read_record, self.name, self.columns, self.folder = read_record, name, columns, folder
+        self._ends = list(itertools.accumulate(len(starts) for starts, _ in self.spans))
+        if len(self) == 0:
+            raise _no_rows(name)
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        _check_index(index, self)
+        number = bisect_right(self._ends, index)
+        file, (starts, ends) = self.files[number], self.spans[number]
+        place = index - self._ends[number] + len(starts)
+        record, name = self.read_record(file.read(int(starts[place]), int(ends[place])), file.path, place)
+        return make_row(record, self.columns, self.folder or Path(file.path).parent, name)
+
+
+def _check_index(index: int, source: Source) -> None:
+    if not 0 <= index < len(source):
+        raise IndexError(f"expected a row in [0, {len(source)}) of {source.name}; got {index}.")
+
+
+def _probed(source: Source) -> Source:
+    """The source, if one of its first rows can be used."""
+    reasons = []
+    for index in range(min(len(source), NUM_PROBED_ROWS)):
+        try:
+            source[index]
+            return source
+        except BadRow as error:
+            reasons.append(error)
+    raise ValueError(
+        f"expected training rows in {source.name}; none of the first {len(reasons)} can be used, the first because "
+        f"{reasons[0]}"
+    ) from reasons[0]
+
+
+# Tar shards
+
+
+def _tar_bounds(path: str) -> Iterator[int]:
+    """
+    Where each sample of a tar shard begins, in bytes, and last where they end. As in WebDataset the members of a
+    sample stand together and share their name up to the first dot.
+    """
+    last_key = None
+    try:
+        # Not compressed: there is no seeking in what is.
+        with tarfile.open(path, "r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # or tarfile keeps all headers
+                key, _ = _split_member(member.name)
+                if member.isreg() and key is not None and key != last_key:
+                    last_key = key
+                    yield member.offset
+            end = tar.offset
+            # tarfile takes a broken header for the end, where zeros, or nothing at all, must stand.
+            tar.fileobj.seek(end)
+            rest = tar.fileobj.read(tarfile.BLOCKSIZE)
+    except (tarfile.TarError, OSError) as error:
+        raise ValueError(
+            f"expected a tar shard, not compressed, at {path!r}; it cannot be read ({error}). Download or pack it "
+            "again."
+        ) from error
+    if rest not in (b"", tarfile.NUL * tarfile.BLOCKSIZE):
+        raise ValueError(
+            f"expected a whole tar shard at {path!r}; it is broken after byte {end}. Download or pack it again."
+        )
+    yield end
+
+
+def _tar_spans(path: str) -> tuple[np.ndarray, np.ndarray]:
+    """Where the samples of a shard begin and end; kept from the first time, 8 bytes a sample."""
+    state = os.stat(path)
+    # By its whole path: files of one name, size and time are not rare among shards.
+    key = b"\0".join([os.fsencode(os.path.realpath(path)), b"%d" % state.st_size, b"%d" % state.st_mtime_ns])
+    kept = Path(constants.HF_HOME, *TAR_INDEX_FOLDER, hashlib.blake2b(key, digest_size=16).hexdigest() + ".npy")
+    try:
+        bounds = np.load(kept)
+    # It is not there, or a full disk cut it.
+    except (OSError, ValueError, EOFError):
+        bounds = np.fromiter(_tar_bounds(path), np.int64)
+        with suppress(OSError):  # a cache that cannot be written is done without
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            _write_whole(kept, bounds)
+    # Views: a sample ends where the next one begins.
+    return bounds[:-1], bounds[1:]
+
+
+def _write_whole(path: Path, array: np.ndarray) -> None:
+    """Writes an array such that others see all of it or nothing."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+        try:
+            np.save(file, array)
+            file.close()
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def _split_member(name: str) -> tuple[str | None, str]:
+    """Key and extension of a tar's member; no key for what belongs to no sample, such as hidden files."""
+    folder, slash, base = name.rpartition("/")
+    stem, dot, extension = base.partition(".")
+    return (folder + slash + stem, extension.lower()) if stem and dot else (None, "")
+
+
+def _tar_record(data: bytes, path: str, place: int) -> tuple[dict[str, Any], str]:
+    """Columns of a sample: its text and pictures by extension, and what its JSON holds."""
+    members: dict[str, Any] = {}
+    key, name = "", path
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        for member in tar:
+            own_key, extension = _split_member(member.name)
+            if not member.isreg() or own_key is None:
+                continue
+            key, name = own_key, f"sample {own_key!r} of {path}"
+            if extension in members:
+                raise BadRow(f"{name} must have one member {extension!r}; got several. Pack it again.")
+            members[extension] = tar.extractfile(member).read()
+    record: dict[str, Any] = {"__key__": key}
+    pictures = []
+    for extension, content in members.items():
+        last = extension.rpartition(".")[2]
+        if last in PICTURE_EXTENSIONS:
+            record[extension] = content
+            pictures.append(content)
+        elif last in ("txt", "json"):
+            try:
+                record[extension] = content.decode("utf-8").strip() if last == "txt" else json.loads(content)
+            except ValueError as error:
+                raise BadRow(f"{name} must have its {extension!r} as UTF-8 {last}; it is not: {error}.") from error
+    if not isinstance(record.get("json", {}), dict):
+        raise BadRow(f"{name} must have a JSON object as 'json'; got {type(record['json']).__name__}.")
+    if pictures:
+        # In place of paths in the JSON.
+        record["image"], record["images"] = (pictures[0], None) if len(pictures) == 1 else (None, pictures)
+    return record, name
+
+
+# JSON
+
+
+def _json_spans(path: str) -> tuple[np.ndarray, np.ndarray]:
+    """Where the objects of a JSON list, or of one object a line, begin and end, in bytes."""
+    try:
+        if path.endswith(".jsonl"):
+            spans = _line_spans(path)
+        else:
+            text = Path(path).read_bytes().decode("utf-8")
+            start = JSON_SPACE.match(text).end()
+            if text.startswith("[", start):
+                spans = _list_spans(text, start)
+            else:
+                json.loads(text[start:].partition("\n")[0])
+                spans = _line_spans(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"expected a JSON list, or one JSON object a line, at {path!r}; it cannot be read ({error}). Repair it."
+        ) from error
+    starts, ends = np.array(spans, dtype=np.int64).reshape(-1, 2).T
+    return starts, ends
+
+
+def _line_spans(path: str) -> list[tuple[int, int]]:
+    spans, end = [], 0
+    with open(path, "rb") as file:
+        for line in file:
+            start, end = end, end + len(line)
+            if line.strip():
+                spans.append((start, end))
+    return spans
+
+
+def _list_spans(text: str, start: int) -> list[tuple[int, int]]:
+    """Of the elements of a JSON list, one decoded at a time: all of LLaVA's mix would take gigabytes."""
+    decoder, spans = json.JSONDecoder(), []
+    position = JSON_SPACE.match(text, start + 1).end()
+    while not text.startswith("]", position):
+        if spans:
+            if not text.startswith(",", position):
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
+            position = JSON_SPACE.match(text, position + 1).end()
+        _, end = decoder.raw_decode(text, position)
+        spans.append((position, end))
+        position = JSON_SPACE.match(text, end).end()
+    if JSON_SPACE.match(text, position + 1).end() != len(text):
+        raise json.JSONDecodeError("Extra data", text, position + 1)
+    if text.isascii():
+        return spans
+    # Characters to bytes.
+    in_bytes, place, last = [], 0, 0
+    for start, end in spans:
+        start_byte = place + len(text[last:start].encode())
+        place, last = start_byte + len(text[start:end].encode()), end
+        in_bytes.append((start_byte, place))
+    return in_bytes
+
+
+def _json_record(data: bytes, path: str, place: int) -> tuple[dict[str, Any], str]:
+    name = f"row {place} of {path}"
+    try:
+        record = json.loads(data)
+    except ValueError as error:
+        raise BadRow(f"{name} must be a JSON object; it is broken: {error}.") from error
+    if not isinstance(record, dict):
+        raise BadRow(f"{name} must be a JSON object; got {type(record).__name__}.")
+    return record, name
+
+
+# Streams
+
+
+def _stream_parquet(
+    files: list[str], columns: dict[str, str | None], image_folder: str | Path | None
+) -> Iterator[dict[str, Any]]:
+    for path in files:
+        folder = image_folder or Path(path).parent
+        try:
+            with pq.ParquetFile(path) as file:
+                wanted = wanted_columns(file.schema_arrow.names, columns, path)
+                batches = file.iter_batches(STREAM_BATCH_SIZE, columns=wanted)
+                records = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+                for index, record in enumerate(records):
+                    yield _row_or_reason(make_row, record, columns, folder, f"row {index} of {path}")
+        except (pa.ArrowException, OSError) as error:
+            raise _vanished(path, error) from error
+
+
+def _stream_tar(
+    files: list[str], columns: dict[str, str | None], image_folder: str | Path | None
+) -> Iterator[dict[str, Any]]:
+    def read(file: IndexedFile, start: int, end: int) -> dict[str, Any]:
+        record, name = _tar_record(file.read(start, end), file.path, 0)
+        return make_row(record, columns, image_folder or Path(file.path).parent, name)
+
+    for path in files:
+        # The headers are walked as the samples are read, by another handle.
+        file = IndexedFile.of(path)
+        for start, end in itertools.pairwise(_tar_bounds(path)):
+            yield _row_or_reason(read, file, start, end)
+
+
+def _stream_dataset(
+    rows: datasets.IterableDataset, path: str, columns: dict[str, str | None], folder: str | Path | None
+) -> datasets.IterableDataset:
+    rows = rows.decode(False)
+    names = rows.column_names or list(next(iter(rows), ()))
+    if not names:
+        raise _no_rows(path)
+    wanted = wanted_columns(names, columns, path)
+
+    def read(record: dict[str, Any]) -> dict[str, Any]:
+        return _row_or_reason(make_row, record, columns, folder, f"a row of {path}")
+
+    return rows.select_columns(wanted).map(read, remove_columns=wanted)
+
+
+def _row_or_reason(read: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    try:
+        return read(*args)
+    except BadRow as error:
+        return {UNREADABLE: str(error)}
+
+
+# Paths
+
+
+def _kind(path: str) -> str:
+    """Which layout a path has: parquet, tar, json, saved, folder or hub."""
+    if os.path.isdir(path):
+        is_saved = any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json"))
+        return "saved" if is_saved else "folder"
+    kinds = {".parquet": "parquet", ".tar": "tar", ".json": "json", ".jsonl": "json"}
+    kind = kinds.get(Path(path).suffix, "hub")
+    if kind == "hub" and os.path.exists(path):
+        raise ValueError(f"expected a folder, or a file of {', '.join(kinds)}; got {path!r}. Convert it.")
+    return kind
+
+
+def _expand(path: str) -> list[str]:
+    """Files of a path, a glob, or a range `{000..012}`; raises ValueError if one is missing."""
+    files = []
+    for pattern in _expand_braces(path):
+        found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
+        if not found:
+            raise ValueError(f"expected a file at {pattern!r}; there is none. Check the path.")
+        files += found
+    return files
+
+
+def _expand_braces(path: str) -> list[str]:
+    found = BRACES.search(path)
+    if found is None:
+        return [path]
+    first, last = found.groups()
+    if int(first) > int(last):
+        raise ValueError(f"expected a rising range in {path!r}; got {found.group()}. Turn it round.")
+    numbers = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+    return [file for n in numbers for file in _expand_braces(path[: found.start()] + n + path[found.end() :])]
+
+
+def _check_parquet(files: Sequence[str], columns: dict[str, str | None], name: str) -> None:
+    """Reads what the files say of themselves; raises ValueError if one is no parquet or lacks columns, or no rows."""
+    num_rows = 0
+    for path in files:
+        try:
+            with pq.ParquetFile(path) as file:
+                names, num_rows = file.schema_arrow.names, num_rows + file.metadata.num_rows
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(
+                f"expected a parquet file at {path!r}; it cannot be read ({error}). Download or write it again."
+            ) from error
+        wanted_columns(names, columns, path)
+    if num_rows == 0:
+        raise _no_rows(name)
+
+
+def _load(builder: str, path: str, split: str, **kwargs: Any) -> Any:
+    try:
+        return datasets.load_dataset(builder, split=split, **kwargs)
+    # Builders raise whatever their readers and the network do.
+    except Exception as error:
+        raise ValueError(
+            f"expected a data set that `datasets.load_dataset` reads, with the split {split!r}, at {path!r}; it "
+            f"cannot be read ({error.__cause__ or error}). Check path, split, network and HF_DATASETS_CACHE."
+        ) from error
+
+
+def _load_saved(path: str, split: str) -> datasets.Dataset:
+    try:
+        loaded = datasets.load_from_disk(path)
+    except Exception as error:
+        raise ValueError(
+            f"expected a data set that `datasets.save_to_disk` wrote at {path!r}; it cannot be read ({error}). Save "
+            "it again."
+        ) from error
+    if isinstance(loaded, datasets.Dataset):
+        return loaded
+    if split not in loaded:
+        raise ValueError(f"expected the split {split!r} in {path!r}; got {', '.join(loaded)}. Pass one of them.")
+    return loaded[split]
+
+
+def _no_rows(name: str) -> ValueError:
+    return ValueError(f"expected at least one row in {name}; got none. Drop the source.")
