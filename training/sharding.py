@@ -22,6 +22,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from ..modeling_mmar.modeling_mmar import MMARPreTrainedModel
+
 
 SHARD_CHOICES = ("none", "trained", "all")
 
@@ -54,7 +56,8 @@ def shard_model(model: nn.Module, device: torch.device, shard_frozen: bool = Fal
     if not shard_frozen:
         frozen |= {parameter for parameter in model.parameters() if not parameter.requires_grad}
     for module in reversed(list(model.modules())):
-        if type(module).__name__ in model._no_split_modules:
+        # Of the class: a model's own list has the VAE's blocks too.
+        if type(module).__name__ in MMARPreTrainedModel._no_split_modules:
             fully_shard(module, mesh=mesh, ignored_params=frozen)
     fully_shard(model, mesh=mesh, ignored_params=frozen)
     # transformers' marks of a model that needs no wrapper.

@@ -23,6 +23,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 
 from ..modeling_mmar.configuration_mmar import IGNORE_INDEX
+from ..modeling_mmar.modeling_mmar import MMARPreTrainedModel
 from ..pipelines.pipeline_mmar import MMARPipeline
 from ..processors.processing_mmar import TASKS, MMARProcessor
 from .checkpoints import finish, last_whole_checkpoint, saving_folder
@@ -258,7 +259,7 @@ class MMARTrainer(Trainer):
             )
         if args.compile_layers:
             for module in model.modules():
-                if type(module).__name__.removeprefix("FSDP") in model._no_split_modules:
+                if type(module).__name__.removeprefix("FSDP") in MMARPreTrainedModel._no_split_modules:
                     module.compile(dynamic=True)
         self._pipeline = None
         if isinstance(self.processing_class, MMARProcessor):
