@@ -19,44 +19,46 @@ from mmar.training.checkpoints import MANIFEST_FILE, SAVING_FOLDER, fault, last_
 
 STEPS = 16
 OPTIONS = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
-NUM_KILLS = 24
 
 
 class KillSoon(TrainerCallback):
-    """Kills the process some time after training begins, wherever it is then."""
+    """Kills the process so many steps after it goes on, and so many seconds after that, wherever it is then."""
 
-    def __init__(self, seconds):
-        self.seconds = seconds
+    def __init__(self, steps, seconds):
+        self.steps, self.seconds = steps, seconds
 
-    def on_train_begin(self, *args, **kwargs):
-        threading.Timer(self.seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    def on_step_begin(self, *args, **kwargs):
+        self.steps -= 1
+        if self.steps == 0:
+            threading.Timer(self.seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
 
-def train(folder, seconds=None):
-    """Goes on from the last whole checkpoint in `folder`; killed after so many seconds."""
+def train(folder, moment=None):
+    """Goes on from the last whole checkpoint in `folder`; killed at a moment, if there is one."""
     torch.set_num_threads(1)
     trainer = make_trainer(folder, make_processor(), max_steps=STEPS, **OPTIONS)
-    if seconds is not None:
-        trainer.add_callback(KillSoon(seconds))
+    if moment is not None:
+        trainer.add_callback(KillSoon(*moment))
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
     return trainer
 
 
-def train_killed(folder, seconds):
-    process = multiprocessing.get_context("forkserver").Process(target=train, args=(folder, seconds))
+def train_killed(folder, moment):
+    process = multiprocessing.get_context("forkserver").Process(target=train, args=(folder, moment))
     process.start()
     process.join(120)
     return process.exitcode
 
 
-def test_killed_at_any_moment_it_resumes_as_if_unbroken(tmp_path):
+@pytest.mark.parametrize("num_kills", [6, pytest.param(24, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_it_resumes_as_if_unbroken(tmp_path, num_kills):
     whole = train(tmp_path / "whole")
-    seconds = whole.state.log_history[-1]["train_runtime"]
     multiprocessing.get_context("forkserver").set_forkserver_preload(["squares"])
     draw, folder = random.Random(0), tmp_path / "killed"
     reached, in_saving, kills = [], 0, 0
-    while kills < NUM_KILLS:
-        exit_code = train_killed(folder, draw.uniform(0, seconds / 2))
+    while kills < num_kills:
+        # A step takes some hundredths of a second, a checkpoint, each second step, more.
+        exit_code = train_killed(folder, (draw.randint(1, 5), draw.uniform(0, 0.15)))
         for checkpoint in folder.glob("checkpoint-*"):
             assert fault(checkpoint) is None
         if exit_code == 0:
@@ -70,7 +72,7 @@ def test_killed_at_any_moment_it_resumes_as_if_unbroken(tmp_path):
         last = last_whole_checkpoint(folder)
         reached.append(0 if last is None else int(last.rsplit("-", 1)[1]))
     # Kills hit before the first checkpoint, between others, and in the middle of saving.
-    assert len(set(reached)) > 3 and in_saving > 0
+    assert len(set(reached)) > 1 and (in_saving > 0 or num_kills < 20)
     train(folder)
     check_equal(folder, whole)
 
