@@ -33,6 +33,7 @@ from ..modeling_mmar.embedding_vit_mmar import MMARLatentEncoder
 from ..modeling_mmar.masking_mmar import image_block_ids, shared_position_ids
 from ..modeling_mmar.modeling_mmar import MMARAutoencoderKL
 from ..modeling_mmar.plora_mmar import MMARQwen2Model, PLoRALinear
+from ..modeling_mmar.prefix_mmar import MIN_PREFIX_SHARE
 
 
 SEED = 0
@@ -136,14 +137,16 @@ def language_model(config: MMARConfig, num_layers: int) -> MMARQwen2Model:
 def language_model_loss(
     model: MMARQwen2Model, config: MMARConfig, is_image: Tensor, num_prefix: int = 0
 ) -> Callable[[], Tensor]:
-    """A scalar of what comes out behind the text; every embedding needs a gradient, as where a picture is put in."""
+    """A scalar of the outputs from the picture on; every embedding needs a gradient, as where a picture is put in."""
     batch, length = is_image.shape
-    embeds = torch.randn(batch, length, config.text_config.hidden_size).requires_grad_()
+    generator = torch.Generator().manual_seed(SEED)  # the same for either way
+    embeds = torch.randn(batch, length, config.text_config.hidden_size, generator=generator).requires_grad_()
     block_ids = image_block_ids(is_image, config.num_latents)
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     same_picture = (block_ids[:, :, None] == block_ids[:, None, :]) & is_image[:, :, None]
     mask = (causal | same_picture)[:, None]  # (B, 1, L, L)
     position_ids = shared_position_ids(is_image, config.num_latents)
+    first_image = int(is_image.any(0).int().argmax())
 
     def loss() -> Tensor:
         embeds.grad = None
@@ -155,7 +158,7 @@ def language_model_loss(
             num_prefix_tokens=num_prefix,
             use_cache=False,
         ).last_hidden_state
-        return output[:, num_prefix:].square().mean()
+        return output[:, first_image:].square().mean()
 
     return loss
 
@@ -452,7 +455,7 @@ measured on a GPU. "Kept for backward" leaves out weights; with gradient checkpo
 
 {table(results)}
 
-The prefix is left as it is where it is shorter than 1/16 of the columns (`MIN_PREFIX_SHARE`).
+A prefix of less than {MIN_PREFIX_SHARE:.2%} of the columns (`MIN_PREFIX_SHARE`) is left as it is.
 
 ## Cached latents
 
