@@ -6,6 +6,7 @@ The plain computation is that of eval mode: all logits, a mask in every linear, 
 """
 
 import math
+import os
 from contextlib import nullcontext
 from datetime import timedelta
 
@@ -531,7 +532,9 @@ def _train_sharded(rank, rendezvous, folder):
         lengths_of_all = [None, None]
         distributed.all_gather_object(lengths_of_all, lengths)
         assert lengths_of_all == [[0], [24 if sharded == "layers" else 0]], lengths_of_all
-    distributed.destroy_process_group()
+    distributed.barrier()
+    # Not by way of the interpreter's end, where gloo's threads aborted 11 of 40 runs (torch 2.13).
+    os._exit(0)
 
 
 def test_ranks_with_and_without_a_prefix_agree_under_fsdp2(tmp_path):
