@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -88,6 +89,11 @@ def fault(checkpoint: str | Path) -> str | None:
         except (SafetensorError, OSError) as error:
             return f"{path.name} is broken or cut off ({error})"
     return None
+
+
+def num_steps(checkpoint: str | Path) -> int:
+    """Steps that a checkpoint was trained for."""
+    return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
 
 
 def last_whole_checkpoint(output_dir: str | Path) -> str | None:

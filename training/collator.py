@@ -11,13 +11,13 @@ from torch.nn.utils.rnn import pad_sequence
 from ..modeling_mmar.configuration_mmar import IGNORE_INDEX
 from ..processors.processing_mmar import TASKS, MMARProcessor
 from .rows import check_row
-from .samples import SampleMaker, draw
+from .samples import MAX_SEED, SampleMaker, draw
 
 
 @dataclass
 class MMARDataCollator:
     r"""
-    Builds batches of samples; a row (sources.py) first becomes a sample of a task drawn by `task_weights`.
+    Builds batches of samples; a row (rows.py) first becomes a sample of a task drawn by `task_weights`.
 
     Args:
         processor (`MMARProcessor`): Makes tokens and labels.
@@ -101,7 +101,7 @@ class MMARDataCollator:
 
     def _sample(self, row: dict[str, Any]) -> dict[str, Any]:
         task = TASKS[int(torch.multinomial(torch.tensor(self.task_weights), 1))]
-        generator = torch.Generator().manual_seed(draw(2**63 - 1, None))
+        generator = torch.Generator().manual_seed(draw(MAX_SEED, None))
         return self._maker(check_row(row, "a row"), task, generator)
 
 

@@ -1,7 +1,7 @@
 """
 From training rows to samples of the three tasks (Sec. 3.3.3).
 
-A row (sources.py) becomes one of
+A row (rows.py) becomes one of
 
     t2i     caption, then the picture with a random part hidden: P(I|T)
     i2t     pictures and text, then the answers: P(T|I)
@@ -42,8 +42,8 @@ NUM_STYLE_DONORS = 4
 MAX_SEED = 2**63 - 1
 
 
-def draw(count: int, generator: torch.Generator) -> int:
-    """A number in `range(count)`; where there is no choice, no random number is used up."""
+def draw(count: int, generator: torch.Generator | None) -> int:
+    """A number in `range(count)`; None is torch's global generator. Without a choice no random number is used up."""
     return 0 if count == 1 else int(torch.randint(count, (), generator=generator))
 
 
@@ -154,7 +154,7 @@ class SampleMaker:
     ) -> dict[str, Any]:
         r"""
         Args:
-            row (`dict`): A training row (sources.py).
+            row (`dict`): A training row (rows.py).
             task (`str`): One of `TASKS`.
             generator (`torch.Generator`): Source of every choice.
             source (`TrainingSource`, *optional*): Where the row is from; needed for swaps and views of styles.

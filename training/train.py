@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerState, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import set_seed
 
 from ..command import run_command
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from ..processors.processing_mmar import MMARProcessor
-from .checkpoints import last_whole_checkpoint
+from .checkpoints import last_whole_checkpoint, num_steps
 from .collator import MMARDataCollator
 from .latents import LatentCache
 from .mixture import Mixture
@@ -129,11 +128,6 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad and not name.startswith("vae."):
             parameter.data = parameter.data.to(dtype)
-
-
-def num_steps(checkpoint: str) -> int:
-    """Steps that a checkpoint was trained for."""
-    return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
 
 
 def main() -> None:

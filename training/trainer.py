@@ -26,7 +26,7 @@ from ..modeling_mmar.configuration_mmar import IGNORE_INDEX
 from ..modeling_mmar.modeling_mmar import MMARPreTrainedModel
 from ..pipelines.pipeline_mmar import MMARPipeline
 from ..processors.processing_mmar import TASKS, MMARProcessor
-from .checkpoints import finish, last_whole_checkpoint, saving_folder
+from .checkpoints import finish, last_whole_checkpoint, num_steps, saving_folder
 from .collator import MMARDataCollator, generators, sample_latents
 from .ema import EMA
 from .rows import BadRow, open_pictures
@@ -270,7 +270,7 @@ class MMARTrainer(Trainer):
             self.data_collator.for_trainer = True
         num_train_timesteps = model.config.diffusion_config.num_train_timesteps
         self._sums, self._eval_sums = LossSums(num_train_timesteps), LossSums(num_train_timesteps)
-        self._num_skipped = 0
+        self._num_skipped = self._num_done_steps = 0
         self._positions: dict[int, Any] = {}
         self._is_saving = False
         self._last_log = (time.monotonic(), 0)
@@ -314,8 +314,7 @@ class MMARTrainer(Trainer):
         if not isinstance(dataset, TrainingSamples):
             return super()._get_train_sampler(train_dataset)
         step_size = self.get_total_train_batch_size(self.args)
-        num_done = step_size * self.state.global_step
-        return StepSampler(dataset, step_size, self.args.sort_by_length, num_done)
+        return StepSampler(dataset, step_size, self.args.sort_by_length, self._num_done_steps * step_size)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         r"""
@@ -336,6 +335,8 @@ class MMARTrainer(Trainer):
                     f"expected a whole checkpoint in {self.args.output_dir!r} to resume from; there is none. Train "
                     "without `resume_from_checkpoint`."
                 )
+        # The sampler is made before transformers reads the checkpoint's state.
+        self._num_done_steps = num_steps(resume_from_checkpoint) if resume_from_checkpoint else 0
         if resume_from_checkpoint and isinstance(self.train_dataset, StreamedSamples):
             self._resume_streams(Path(resume_from_checkpoint))
         self._last_log = (time.monotonic(), None)

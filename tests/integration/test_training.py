@@ -19,6 +19,7 @@ from mmar.pipelines.pipeline_mmar import MMARPipeline
 from mmar.training.collator import MMARDataCollator
 from mmar.training.ema import EMA
 from mmar.training.latents import LatentCache, cache_latents
+from mmar.training.samples import TrainingSamples
 from mmar.training.trainer import MMARTrainer, MMARTrainingArguments
 
 
@@ -224,6 +225,19 @@ def test_how_a_step_is_cut_changes_nothing(tmp_path, processor, options):
         assert ours.keys() >= theirs.keys() - {"samples_per_second"}
         for name in theirs.keys() - {"samples_per_second"}:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3), name
+
+
+def test_a_resumed_sorted_training_looks_up_no_length_of_what_is_done(tmp_path, processor, monkeypatch):
+    options = {"sort_by_length": True, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    options |= {"save_strategy": "steps", "save_steps": 3}
+    whole = make_trainer(tmp_path, processor, **options)
+    whole.train()
+    resumed, looked_up, length = make_trainer(tmp_path, processor, **options), [], TrainingSamples.length
+    monkeypatch.setattr(
+        TrainingSamples, "length", lambda self, number: looked_up.append(number) or length(self, number)
+    )
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert looked_up == list(range(12, 24)) and losses_of(resumed) == losses_of(whole)
 
 
 def test_losses_by_task_and_timestep_are_means_over_tokens(tmp_path, processor):
