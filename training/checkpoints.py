@@ -1,8 +1,9 @@
 """
 Checkpoints that are whole or not there.
 
-A checkpoint is written into a folder of another name, which is renamed when all of it is on the disk. So a training
-that is killed at any moment, or whose disk is full, leaves its earlier checkpoints as they were.
+A checkpoint is written into a folder of another name, which is renamed when all of it is on the disk, and loses its
+name before it is removed. So a training that is killed at any moment, or whose disk is full, leaves its earlier
+checkpoints as they were.
 """
 
 import json
@@ -91,6 +92,34 @@ def fault(checkpoint: str | Path) -> str | None:
     return None
 
 
+def rotate(output_dir: str | Path, limit: int | None, best: str | None = None) -> None:
+    r"""
+    Removes the oldest checkpoints. Each loses its name first: one that is half removed is none.
+
+    Args:
+        output_dir (`str` or `Path`): Folder of a training.
+        limit (`int`, *optional*): How many stay, the newest and the best among them; all for None or 0.
+        best (`str`, *optional*): The best one, which stays.
+    """
+    if not limit or limit < 0:
+        return
+    folders = _numbered(output_dir)
+    kept = {max(folders)} | {number for number, folder in folders.items() if best and folder == Path(best)}
+    others = sorted(set(folders) - kept)
+    for number in others[: max(0, len(folders) - max(limit, len(kept)))]:
+        removed = saving_folder(output_dir) / f"{folders[number].name}.removed"
+        removed.parent.mkdir(exist_ok=True)
+        os.rename(folders[number], removed)
+        shutil.rmtree(removed.parent)
+
+
+def _numbered(output_dir: str | Path) -> dict[int, Path]:
+    """The checkpoints in a folder by their numbers of steps."""
+    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
+    folders = [path for path in Path(output_dir).glob(f"{prefix}*") if path.is_dir()]
+    return {int(number): path for path in folders if (number := path.name.removeprefix(prefix)).isdecimal()}
+
+
 def num_steps(checkpoint: str | Path) -> int:
     """Steps that a checkpoint was trained for."""
     return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
@@ -106,9 +135,7 @@ def last_whole_checkpoint(output_dir: str | Path) -> str | None:
     Returns:
         `str` or None: Folder of the checkpoint, if there is one.
     """
-    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
-    folders = [path for path in Path(output_dir).glob(f"{prefix}*") if path.is_dir()]
-    numbered = {int(number): path for path in folders if (number := path.name.removeprefix(prefix)).isdecimal()}
+    numbered = _numbered(output_dir)
     for number in sorted(numbered, reverse=True):
         wrong = fault(numbered[number])
         if wrong is None:

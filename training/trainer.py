@@ -20,13 +20,13 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from ..modeling_mmar.configuration_mmar import IGNORE_INDEX
 from ..modeling_mmar.modeling_mmar import MMARPreTrainedModel
 from ..pipelines.pipeline_mmar import MMARPipeline
 from ..processors.processing_mmar import TASKS, MMARProcessor
-from .checkpoints import finish, last_whole_checkpoint, num_steps, saving_folder
+from .checkpoints import finish, last_whole_checkpoint, num_steps, rotate, saving_folder
 from .collator import MMARDataCollator, generators, sample_latents
 from .ema import EMA
 from .rows import BadRow, open_pictures
@@ -589,12 +589,7 @@ class MMARTrainer(Trainer):
                     self.state.best_model_checkpoint = str(best_folder)
                     self.state.save_to_json(str(written / TRAINER_STATE_NAME))
             finish(written, run_dir / name)
-            rotate_checkpoints(
-                output_dir=str(run_dir),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=False,
-            )
+            rotate(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
     def load_checkpoint(self, folder: str) -> None:

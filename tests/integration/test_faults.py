@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from squares import losses, make_processor, make_trainer
 from transformers import TrainerCallback
 
-from mmar.training.checkpoints import MANIFEST_FILE, SAVING_FOLDER, fault, last_whole_checkpoint
+from mmar.training.checkpoints import MANIFEST_FILE, SAVING_FOLDER, fault, last_whole_checkpoint, rotate
 
 
 STEPS = 16
@@ -128,6 +128,30 @@ def test_checkpoints_without_a_manifest_are_looked_into(two_checkpoints):
     cut(folder / "checkpoint-4" / "model.safetensors")
     with pytest.warns(UserWarning, match="model.safetensors is broken or cut off"):
         assert last_whole_checkpoint(folder) == str(folder / "checkpoint-2")
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "left"),
+    [(None, None, [2, 4, 10, 12]), (3, None, [4, 10, 12]), (1, None, [12]), (1, 4, [4, 12]), (2, 2, [2, 12])],
+)
+def test_the_oldest_checkpoints_go_but_the_best(tmp_path, limit, best, left):
+    for number in (2, 4, 10, 12):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+    rotate(tmp_path, limit, None if best is None else str(tmp_path / f"checkpoint-{best}"))
+    assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{number}" for number in left}
+
+
+def test_a_checkpoint_that_is_half_removed_has_no_name(tmp_path, monkeypatch):
+    for number in (2, 4):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        rotate(tmp_path, 1)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
 
 
 def test_nothing_to_resume_from(tmp_path):
