@@ -195,18 +195,19 @@ class WeightBytes:
         return 0 if layout == "none" else self.trained + frozen
 
     def gathered_at_once(self, layout: str) -> int:
-        """Bytes that a GPU has for a while: two layers, the one that runs and the next, and what is in no layer."""
+        """
+        Bytes that a GPU has for a while: two layers, the one that runs and the next, and what is in no layer; trained
+        weights in bfloat16.
+        """
         if layout == "none":
             return 0
-        if layout == "fsdp2.yaml":
-            # In bfloat16, frozen or trained.
-            return GATHERED_LAYERS * (self.trained_layer // 2 + self.frozen_layer) + self.trained_root // 2
-        frozen = GATHERED_LAYERS * self.frozen_layer + self.tables if layout == "all" else 0
-        return GATHERED_LAYERS * self.trained_layer + self.trained_root + frozen
+        frozen = 0 if layout == "trained" else GATHERED_LAYERS * self.frozen_layer
+        frozen += self.tables if layout == "all" else 0
+        return GATHERED_LAYERS * self.trained_layer // 2 + self.trained_root // 2 + frozen
 
     def gathered(self, layout: str) -> int:
         """Bytes that are gathered to run all layers once."""
-        return self.sharded(layout) - (self.trained // 2 if layout == "fsdp2.yaml" else 0)
+        return 0 if layout == "none" else self.sharded(layout) - self.trained // 2
 
 
 def weight_bytes(config: MMARConfig, frozen_dtype: torch.dtype, train_backbone: bool = False) -> WeightBytes:
@@ -241,10 +242,9 @@ def gpu_memory(
     """
     shards = 1 if layout == "none" else num_gpus
     copies = weights.gathered_at_once(layout)
-    if layout != "fsdp2.yaml":
+    if layout == "none":
         copies += memory["autocast"]
-    if layout == "none" and num_gpus > 1:
-        copies += memory["gradients"]  # the buckets in which DDP sends them
+        copies += memory["gradients"] if num_gpus > 1 else 0  # the buckets in which DDP sends them
     return {
         "weights": weights.kept(layout, shards),
         "gradients": memory["gradients"] / (1 if accumulates else shards),

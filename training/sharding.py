@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ..modeling_mmar.modeling_mmar import MMARPreTrainedModel
@@ -33,7 +33,20 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def shard_model(model: nn.Module, device: torch.device, shard_frozen: bool = False) -> None:
+def mixed_precision(dtype: torch.dtype | None) -> MixedPrecisionPolicy:
+    r"""
+    What FSDP2 sends: weights in `dtype`, gradients in float32. Inputs and outputs stay as they are: latents, noise and
+    losses are float32, and autocast sees to the layers.
+
+    Args:
+        dtype (`torch.dtype`, *optional*): Of autocast; None without one.
+    """
+    return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+def shard_model(
+    model: nn.Module, device: torch.device, shard_frozen: bool = False, dtype: torch.dtype | None = None
+) -> None:
     r"""
     Shards a model's weights over all ranks, layer by layer, in place.
 
@@ -41,6 +54,7 @@ def shard_model(model: nn.Module, device: torch.device, shard_frozen: bool = Fal
         model (`MMARForConditionalGeneration`): Frozen as it will be trained.
         device (`torch.device`): Of this rank.
         shard_frozen (`bool`, *optional*, defaults to `False`): Shard frozen weights too.
+        dtype (`torch.dtype`, *optional*): In which weights are gathered; their own by default.
 
     Raises:
         ValueError: If there is one process only.
@@ -55,11 +69,12 @@ def shard_model(model: nn.Module, device: torch.device, shard_frozen: bool = Fal
     frozen = set(model.vae.parameters())
     if not shard_frozen:
         frozen |= {parameter for parameter in model.parameters() if not parameter.requires_grad}
+    options = {"mesh": mesh, "ignored_params": frozen, "mp_policy": mixed_precision(dtype)}
     for module in reversed(list(model.modules())):
         # Of the class: a model's own list has the VAE's blocks too.
         if type(module).__name__ in MMARPreTrainedModel._no_split_modules:
-            fully_shard(module, mesh=mesh, ignored_params=frozen)
-    fully_shard(model, mesh=mesh, ignored_params=frozen)
+            fully_shard(module, **options)
+    fully_shard(model, **options)
     # transformers' marks of a model that needs no wrapper.
     model._is_distributed_loading_by_transformers = model._is_fsdp_managed_module = True
 

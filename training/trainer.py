@@ -36,6 +36,7 @@ from .sharding import (
     is_sharded,
     load_optimizer_state,
     load_sharded,
+    mixed_precision,
     shard_model,
     whole_optimizer_state,
     whole_state,
@@ -246,7 +247,7 @@ class MMARTrainer(Trainer):
             model.freeze(train_backbone=args.train_backbone)
         self._scales = learning_rate_scales(model, args.learning_rate_scales or {})
         if args.shard != "none":
-            shard_model(model, args.device, shard_frozen=args.shard == "all")
+            shard_model(model, args.device, shard_frozen=args.shard == "all", dtype=autocast_dtype(args))
         # transformers does not resume sharded models; we do.
         save_only_model = args.save_only_model
         args.save_only_model = save_only_model or is_sharded(model)
@@ -279,6 +280,23 @@ class MMARTrainer(Trainer):
             self.add_callback(_UpdateEMA(self))
         if not args.disable_tqdm and self.pop_callback(ProgressCallback) is not None:
             self.add_callback(_Progress)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self._is_fsdp2_of_accelerate:
+            # accelerate's own policy casts latents and losses to bfloat16, and reduces gradients in it.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = mixed_precision(autocast_dtype(self.args))
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager:
+        dtype = autocast_dtype(self.args)
+        if dtype is None or not self._is_fsdp2_of_accelerate:
+            return super().autocast_smart_context_manager(cache_enabled)
+        # accelerate has none around FSDP2, whose inputs it casts instead.
+        return torch.autocast(self.args.device.type, dtype, cache_enabled=cache_enabled)
+
+    @property
+    def _is_fsdp2_of_accelerate(self) -> bool:
+        return self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 2
 
     @property
     def plain_model(self) -> nn.Module:
@@ -612,6 +630,11 @@ class MMARTrainer(Trainer):
         state = torch.load(path, map_location="cpu", weights_only=True)
         load_optimizer_state(self.model, self.optimizer, state)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
+
+def autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
+    """That of the mixed precision that a training asks for."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision)
 
 
 def learning_rate_factor(phases: list[float], step: int, num_training_steps: int) -> float:

@@ -22,13 +22,14 @@ def main() -> None:
     processor = make_processor()
     options = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 3, "adam_epsilon": 1e-3}
     model = make_squares_model(processor)
+    options["bf16"] = mode.endswith("_bf16")
     if mode == "distributed_config":
         # Sharded by transformers as it is loaded.
         model = MMARForConditionalGeneration.from_pretrained(
             out / "init", distributed_config=DistributedConfig(fsdp_size=2)
         )
     elif mode.startswith("fsdp_"):
-        options["shard"] = mode.removeprefix("fsdp_")
+        options["shard"] = mode.removeprefix("fsdp_").removesuffix("_bf16")
     trainer = make_trainer(out, processor, model, steps, **options)
     trainer.train(resume_from_checkpoint=checkpoint)
     with trainer.ema_weights():

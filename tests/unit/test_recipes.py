@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from helpers import tiny_model
-from transformers import get_scheduler
+from transformers import Trainer, get_scheduler
 
 from mmar.training.recipe import (
     REQUIRED,
@@ -23,7 +24,7 @@ from mmar.training.recipe import (
     parse,
     read_sources,
 )
-from mmar.training.trainer import MMARTrainingArguments, apply_learning_rate_phases, learning_rate_factor
+from mmar.training.trainer import MMARTrainer, MMARTrainingArguments, apply_learning_rate_phases, learning_rate_factor
 
 
 ROOT = Path(__file__).parents[2]
@@ -397,6 +398,30 @@ def test_fsdp2_reaches_the_processes_and_finds_the_layers(name, monkeypatch):
         assert environment["ACCELERATE_USE_PARALLELISM_CONFIG"] == "true"
         parallelism = ParallelismConfig()
         assert (parallelism.dp_replicate_size, parallelism.dp_shard_size, parallelism.total_size) == (2, 8, 16)
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_fsdp2_of_accelerate_casts_no_latents_and_reduces_gradients_in_float32(tmp_path, monkeypatch, bf16):
+    """What the trainer makes of accelerate's plugin, which itself needs a GPU."""
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    plugin.set_mixed_precision("bf16")
+    assert plugin.mixed_precision_policy.reduce_dtype is torch.bfloat16
+
+    def as_on_gpus(trainer):
+        trainer.accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+        trainer.is_fsdp_enabled = True
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", as_on_gpus)
+    trainer = MMARTrainer.__new__(MMARTrainer)
+    trainer.args = MMARTrainingArguments(output_dir=str(tmp_path), bf16=bf16, report_to="none")
+    trainer.create_accelerator_and_postprocess()
+    policy = plugin.mixed_precision_policy
+    assert (policy.reduce_dtype, policy.output_dtype, policy.cast_forward_inputs) == (torch.float32, None, False)
+    assert policy.param_dtype is (torch.bfloat16 if bf16 else None)
+    # Inputs stay as they are, so layers need autocast.
+    layer = torch.nn.Linear(2, 2, dtype=torch.bfloat16 if bf16 else torch.float32)
+    with trainer.autocast_smart_context_manager():
+        assert layer(torch.ones(1, 2)).dtype is layer.weight.dtype
 
 
 def test_more_machines_are_three_options():
