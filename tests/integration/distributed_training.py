@@ -6,14 +6,25 @@ Run by torchrun: trains on the squares over two ranks and writes what came out.
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
 import torch
 from squares import losses, make_processor, make_squares_model, make_trainer
+from transformers import TrainerCallback
 from transformers.distributed import DistributedConfig
 
 from mmar.modeling_mmar.modeling_mmar import MMARForConditionalGeneration
+
+
+class DieInStep(TrainerCallback):
+    def __init__(self, number: int):
+        self.number = number
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.number:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def main() -> None:
@@ -31,6 +42,8 @@ def main() -> None:
     elif mode.startswith("fsdp_"):
         options["shard"] = mode.removeprefix("fsdp_").removesuffix("_bf16")
     trainer = make_trainer(out, processor, model, steps, **options)
+    if mode == "ddp_dies" and trainer.args.process_index == 1:
+        trainer.add_callback(DieInStep(5))
     trainer.train(resume_from_checkpoint=checkpoint)
     with trainer.ema_weights():
         trainer.save_model(str(out / "final"))

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 from squares import losses, make_processor, make_squares_model, make_trainer
 
+from mmar.training.checkpoints import last_whole_checkpoint
+
 
 HERE = Path(__file__).parent
 # Sums of float32 in another order, spread by six steps of a learning rate of 1e-2.
@@ -19,14 +21,16 @@ TOLERANCE = 1e-4
 BF16_TOLERANCE = 1e-2
 
 
-def train_on_two_ranks(out, mode, steps=6, checkpoint=None):
+def train_on_two_ranks(out, mode, steps=6, checkpoint=None, must_end_well=True):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
     command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(HERE / "distributed_training.py")]
     command += [str(out), mode, str(steps)] + ([str(checkpoint)] if checkpoint else [])
     paths = [str(HERE.parents[1]), str(HERE.parent)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert (done.returncode == 0) == must_end_well, done.stderr[-4000:]
+    if not must_end_well:
+        return None
     return json.loads((out / "result.json").read_text())
 
 
@@ -84,6 +88,15 @@ def test_sharded_in_bfloat16_the_losses_stay_float32(tmp_path, mode):
     assert result["losses"] == pytest.approx(losses(trainer), rel=BF16_TOLERANCE)
     # No float of bfloat16's 8 bits: neither losses nor inputs were cast.
     assert all(value != float(torch.tensor(value).bfloat16()) for value in result["losses"])
+
+
+def test_a_rank_that_dies_ends_all_and_the_next_start_goes_on(tmp_path, one_process):
+    whole, _, _ = one_process
+    train_on_two_ranks(tmp_path, "ddp_dies", must_end_well=False)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert not (tmp_path / "final").exists()
+    result = train_on_two_ranks(tmp_path, "ddp", checkpoint=last_whole_checkpoint(tmp_path))
+    assert result["losses"] == pytest.approx(losses(whole), rel=TOLERANCE)
 
 
 def test_a_checkpoint_of_one_process_resumes_sharded(tmp_path, one_process):

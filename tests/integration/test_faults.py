@@ -1,22 +1,29 @@
 """What a training leaves behind when it is killed, its disk is full, a rank dies, or its files are broken."""
 
+import io
 import json
 import multiprocessing
 import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
+import tarfile
 import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from squares import losses, make_processor, make_trainer
+from squares import losses, make_processor, make_rows, make_squares_model, make_trainer
 from transformers import TrainerCallback
 
 from mmar.training.checkpoints import MANIFEST_FILE, SAVING_FOLDER, fault, last_whole_checkpoint, rotate
 
 
+ROOT = Path(__file__).parents[2]
 STEPS = 16
 OPTIONS = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
 
@@ -177,3 +184,39 @@ def test_a_full_disk_leaves_the_checkpoints_before(two_checkpoints, monkeypatch)
         trainer.train(resume_from_checkpoint=True)
     assert last_whole_checkpoint(folder) == str(folder / "checkpoint-2")
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_shard_that_disappears_ends_the_training(tmp_path):
+    """Through the command, as it runs: one line names the shard, and the checkpoints are whole."""
+    processor = make_processor()
+    make_squares_model(processor).save_pretrained(tmp_path / "init")
+    processor.save_pretrained(tmp_path / "init")
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"shard-{shard}.tar", "w") as tar:
+            for i, row in enumerate(make_rows()):
+                for name, content in ((f"{i}.png", row["image"]), (f"{i}.txt", row["captions"][0].encode())):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    command = [sys.executable, "-m", "mmar.training.train", str(ROOT / "training/recipes/mmar_tiny_stage1.yaml")]
+    command += [
+        f"model={tmp_path / 'init'}",
+        f"data={tmp_path / 'shard-{0..1}.tar'}",
+        f"output_dir={tmp_path / 'run'}",
+    ]
+    command += ["swap_rate=0", "per_device_train_batch_size=4", "use_cpu=true", "save_steps=2", "max_steps=100000"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "cache")}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    try:
+        while last_whole_checkpoint(tmp_path / "run") is None and process.poll() is None:
+            time.sleep(0.1)
+        (tmp_path / "shard-1.tar").unlink()
+        _, said = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    lines = [line for line in said.splitlines() if "which was there at the start" in line]
+    assert len(lines) == 1 and "shard-1.tar" in lines[0], said
+    assert "Traceback" not in said
+    for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
+        assert fault(checkpoint) is None
