@@ -50,9 +50,16 @@ TINY_TRAIN = $(BIN)/python -m mmar.training.train training/recipes/$(1).yaml mod
 $(TINY_DATA)/train.parquet: | $(VENV)/.done
 	$(BIN)/python -m mmar.training.emoji_rows $(EMOJI_STYLES) --out $(TINY_DATA)
 
-runs/vae/report.json: | $(TINY_DATA)/train.parquet
-	$(BIN)/python -m mmar.training.train_vae --data $(TINY_DATA)/train.parquet --eval_data $(TINY_DATA)/test.parquet \
-		--out runs/vae
+TRAIN_VAE = $(BIN)/python -m mmar.training.train_vae --config configs/mmar-tiny --data $(TINY_DATA)/train.parquet \
+	--eval_data $(TINY_DATA)/test.parquet
+
+runs/vae_start/report.json: | $(TINY_DATA)/train.parquet
+	$(TRAIN_VAE) --out runs/vae_start --num_steps 15000 --num_views 32 --word_weight 0.3
+
+# It draws well by then; the words take longer.
+runs/vae/report.json: | runs/vae_start/report.json
+	$(TRAIN_VAE) --start runs/vae_start --out runs/vae --num_steps 12000 --batch_size 8 --num_views 64 --word_weight 0.5 \
+		--learning_rate 1.0e-3
 
 vae: runs/vae/report.json
 
@@ -70,8 +77,8 @@ train-tiny: | runs/latents/broken.json
 	$(call TINY_TRAIN,mmar_tiny_stage3,runs/stage2/final,runs/stage3)
 	$(BIN)/python -m mmar.conversion.export runs/stage3/final checkpoints/mmar-tiny --guidance_scale 2.0
 
-evaluate-tiny: $(VENV)/.done
-	$(BIN)/python -m mmar.evaluation.emoji_styles checkpoints/mmar-tiny --data checkpoints/emoji-lite/test.parquet \
+evaluate-tiny: $(VENV)/.done | $(TINY_DATA)/train.parquet
+	$(BIN)/python -m mmar.evaluation.emoji_styles checkpoints/mmar-tiny --data $(TINY_DATA)/test.parquet \
 		--out runs/evaluation --judge $(JUDGE)
 	$(BIN)/python -m mmar.conversion.model_card checkpoints/mmar-tiny --facts configs/mmar-tiny/card.yaml \
 		--evaluation runs/evaluation/result.json --repo_id checkpoints/mmar-tiny

@@ -1,5 +1,6 @@
 """
-Makes an untrained mmar-tiny: its byte-level BPE tokenizer, its config and a trained small VAE in one folder.
+Makes an untrained mmar-tiny: its byte-level BPE tokenizer, its config and a trained small VAE in one folder, and the
+latent encoder that was trained with the VAE, where there is one.
 
     python -m mmar.training.init_tiny --config configs/mmar-tiny --data checkpoints/emoji-lite/train.parquet \
         --vae runs/vae --out runs/init
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
@@ -20,6 +22,7 @@ from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from ..processors.image_processing_mmar import MMARImageProcessor
 from ..processors.processing_mmar import IMAGE_TOKEN, MMARProcessor
 from .emoji_rows import read_rows
+from .train_vae import LATENT_ENCODER_NAME
 
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", IMAGE_TOKEN)
@@ -80,6 +83,8 @@ def main() -> None:
 
     model = MMARForConditionalGeneration(config)
     model.vae.load_state_dict(vae.state_dict())
+    if (args.vae / LATENT_ENCODER_NAME).is_file():
+        model.model.latent_encoder.load_state_dict(load_file(args.vae / LATENT_ENCODER_NAME))
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, max_new_tokens=32
     )

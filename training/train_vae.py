@@ -1,15 +1,17 @@
 """
 Trains a small `AutoencoderKL` from scratch on a parquet of pictures and stores its measured latent scale.
 
-    python -m mmar.training.train_vae --data checkpoints/emoji-lite/train.parquet --out runs/vae
+    python -m mmar.training.train_vae --config configs/mmar-tiny --data checkpoints/emoji-lite/train.parquet \
+        --out runs/vae
 
 Made for toy sizes: a real MMAR takes a published KL-16. There the autoencoder has seen millions of pictures; here it
 sees a few thousand, and a ViT on top of its tokens learns too little from them. So where the rows have answers
-(data.py), a head on the tokens also tells the words of what a picture shows and of its style (Joulin et al.,
-"Learning visual features from large weakly supervised data", arXiv 1511.02251), from views for which they hold.
+(rows.py), MMAR's latent encoder learns beside the autoencoder to tell from its tokens the words of what a picture
+shows and of its style (Joulin et al., "Learning visual features from large weakly supervised data", arXiv 1511.02251),
+from views for which they hold. `init_tiny` starts the model's latent encoder with those weights.
 
 Everything runs in bfloat16 autocast with float32 weights; the result is a diffusers folder with an EMA of the weights
-and each channel's `latents_mean` and `latents_std`.
+and each channel's `latents_mean` and `latents_std`, and beside it the latent encoder's weights.
 """
 
 import argparse
@@ -26,32 +28,25 @@ import pyarrow.parquet as pq
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..command import run_command
 from ..conversion.latent_moments import LatentMoments
+from ..modeling_mmar.configuration_mmar import MMARConfig
+from ..modeling_mmar.embedding_vit_mmar import MMARLatentEncoder
+from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from .views import distort, restyle
 
 
-# 16 pixels to a token along each axis, as KL-16: a 64 x 64 picture becomes 16 tokens of 32 channels.
-VAE_CONFIG = {
-    "block_out_channels": [16, 32, 64, 80, 80],
-    "down_block_types": ["DownEncoderBlock2D"] * 5,
-    "up_block_types": ["UpDecoderBlock2D"] * 5,
-    "layers_per_block": 1,
-    "latent_channels": 32,
-    "norm_num_groups": 1,
-    "sample_size": 64,
-}
 EMA_DECAY = 0.999
 # Parts of the training before the KL term comes in, and over which it grows.
 KL_START, KL_WARMUP = 0.35, 0.2
 # Answers that hang on these have words to learn.
 WORD_KINDS = ("content", "style")
-WORD_HEAD_WIDTH = 512
-# Views per picture that is drawn again; the encoder is a quarter of the cost.
-NUM_VIEWS = 2
+# The latent encoder's weights, in the VAE's folder.
+LATENT_ENCODER_NAME = "latent_encoder.safetensors"
 
 
 def read_pictures(path: str | Path, size: int) -> tuple[list[dict[str, Any]], Tensor]:
@@ -117,18 +112,27 @@ class Words:
         return [self.answers[i] for i in scores.argmax(-1).tolist()]
 
 
-class WordHead(nn.Module):
-    """Latents `(B, C, h, w)` -> logits of words per kind; reads tokens one by one and takes their mean."""
+class WordReader(nn.Module):
+    """
+    Tells words from latents: MMAR's latent encoder, the mean over its tokens, a linear per kind.
 
-    def __init__(self, num_channels: int, sizes: dict[str, int]):
+    Args:
+        encoder (`MMARLatentEncoder`): Reads latents of mean 0 and std 1 per channel.
+        num_channels (`int`): Of the latents.
+        width (`int`): The LLM's.
+        sizes (`dict[str, int]`): Words per kind.
+    """
+
+    def __init__(self, encoder: MMARLatentEncoder, num_channels: int, width: int, sizes: dict[str, int]):
         super().__init__()
         self.norm = nn.BatchNorm2d(num_channels, affine=False)
-        self.hidden = nn.Linear(num_channels, WORD_HEAD_WIDTH)
-        self.heads = nn.ModuleDict({kind: nn.Linear(WORD_HEAD_WIDTH, size) for kind, size in sizes.items()})
+        self.encoder = encoder
+        self.heads = nn.ModuleDict({kind: nn.Linear(width, size) for kind, size in sizes.items()})
 
     def forward(self, latents: Tensor) -> dict[str, Tensor]:
+        """Latents `(B, C, h, w)` -> logits `(B, V)` per kind."""
         tokens = self.norm(latents).flatten(2).transpose(1, 2)  # (B, N, C)
-        pooled = F.gelu(self.hidden(tokens)).mean(1)
+        pooled = self.encoder(tokens).mean(1)
         return {kind: head(pooled) for kind, head in self.heads.items()}
 
 
@@ -154,21 +158,21 @@ def draw_views(pictures: Tensor, redraw: bool) -> Tensor:
 
 def view_losses(
     vae: AutoencoderKL,
-    head: WordHead,
+    reader: WordReader,
     pictures: Tensor,
     words: dict[str, Words],
-    batch_size: int,
+    num_views: int,
     generator: torch.Generator,
     with_noise: bool,
 ) -> dict[str, Tensor]:
     """The words' losses per kind on fresh views: what a picture shows from all, its style from those not redrawn."""
-    index = torch.randint(0, len(pictures), (NUM_VIEWS * batch_size,), generator=generator)
-    moved, redrawn = index[:batch_size], index[batch_size:]
+    index = torch.randint(0, len(pictures), (num_views,), generator=generator)
+    moved, redrawn = index[: num_views // 2], index[num_views // 2 :]
     views = torch.cat([draw_views(pictures[moved], redraw=False), draw_views(pictures[redrawn], redraw=True)])
     views = views.to(vae.device, memory_format=torch.channels_last)
     with torch.autocast(views.device.type, torch.bfloat16):
         posterior = vae.encode(views).latent_dist
-        logits = head(posterior.sample() if with_noise else posterior.mode())
+        logits = reader(posterior.sample() if with_noise else posterior.mode())
     losses = {"content": (logits.get("content"), index), "style": (logits.get("style"), moved)}
     return {kind: words[kind].loss(own[: len(rows)], rows) for kind, (own, rows) in losses.items() if kind in words}
 
@@ -188,16 +192,22 @@ def chroma_error(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def share_told(vae: AutoencoderKL, head: WordHead, pictures: Tensor, rows: list[dict[str, Any]], words: dict) -> dict:
-    """Share of rows per kind whose answer's words the head tells from the posterior's mode."""
-    hits = {kind: 0 for kind in words}
+def share_told(
+    vae: AutoencoderKL, reader: WordReader, pictures: Tensor, rows: list[dict[str, Any]], words: dict[str, Words]
+) -> dict[str, float]:
+    """
+    Share of rows per kind whose answer is told from the posterior's mode, among the answers of the training rows; rows
+    with other answers do not count.
+    """
+    hits = {kind: [] for kind in words}
     for start in range(0, len(pictures), 64):
         pixel_values = pictures[start : start + 64].float() / 127.5 - 1
-        logits = head(vae.encode(pixel_values.to(vae.device)).latent_dist.mode())
+        logits = reader(vae.encode(pixel_values.to(vae.device)).latent_dist.mode())
         for kind, own in words.items():
             expected = [words_of(row, kind) for row in rows[start : start + 64]]
-            hits[kind] += sum(b == e for b, e in zip(own.best(logits[kind]), expected, strict=True))
-    return {kind: count / len(pictures) for kind, count in hits.items()}
+            told = zip(own.best(logits[kind]), expected, strict=True)
+            hits[kind] += [best == answer for best, answer in told if answer in own.answers]
+    return {kind: sum(own) / len(own) for kind, own in hits.items() if own}
 
 
 @torch.no_grad()
@@ -219,38 +229,58 @@ def measure(vae: AutoencoderKL, pictures: Tensor) -> dict[str, float | list[floa
     }
 
 
+def save(vae: AutoencoderKL, reader: WordReader, folder: Path) -> None:
+    """Writes the VAE as diffusers does, and the latent encoder beside it where it learned."""
+    vae.save_pretrained(folder)
+    if reader.heads:
+        save_file(reader.encoder.state_dict(), folder / LATENT_ENCODER_NAME)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, type=Path, help="folder of the MMAR's config.json")
     parser.add_argument("--data", required=True, help="parquet of training rows")
     parser.add_argument("--eval_data", help="parquet of held-out rows, measured and never trained on")
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--num_steps", type=int, default=13_000)
+    parser.add_argument("--start", type=Path, help="folder of a VAE trained by this command, to go on from")
+    parser.add_argument("--num_steps", type=int, default=15_000)
     parser.add_argument("--batch_size", type=int, default=16, help="pictures to draw again in a step")
+    parser.add_argument("--num_views", type=int, default=64, help="views to tell the words of in a step")
     parser.add_argument("--learning_rate", type=float, default=2.0e-3)
     parser.add_argument("--kl_weight", type=float, default=0.03, help="per unit of KL, against summed absolute error")
-    parser.add_argument("--word_weight", type=float, default=0.05, help="per nat of the words' cross entropy")
+    parser.add_argument("--word_weight", type=float, default=0.3, help="per nat of the words' cross entropy")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if args.num_steps < 1 or args.batch_size < 1:
-        parser.error("--num_steps and --batch_size must be at least 1")
+    if min(args.num_steps, args.batch_size, args.num_views // 2) < 1:
+        parser.error("--num_steps and --batch_size must be at least 1, and --num_views at least 2")
+    if args.start is not None and not (args.start / "config.json").is_file():
+        parser.error(f"--start must be a VAE's folder; there is no config.json in {args.start}")
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"--out must be a folder; {args.out} is a file")
 
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
-    rows, pictures = read_pictures(args.data, VAE_CONFIG["sample_size"])
-    held_out = read_pictures(args.eval_data, VAE_CONFIG["sample_size"]) if args.eval_data else None
+    config = MMARConfig.from_pretrained(args.config)
+    rows, pictures = read_pictures(args.data, config.image_size)
+    held_out = read_pictures(args.eval_data, config.image_size) if args.eval_data else None
     words = {kind: Words(rows, kind) for kind in WORD_KINDS}
     words = {kind: own for kind, own in words.items() if own.answers and args.word_weight > 0}
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    vae = AutoencoderKL(**VAE_CONFIG).to(device, memory_format=torch.channels_last)
-    head = WordHead(VAE_CONFIG["latent_channels"], {k: len(own.vocabulary) for k, own in words.items()}).to(device)
+    vae = AutoencoderKL.from_pretrained(args.start) if args.start else AutoencoderKL(**config.vae_config)
+    encoder = MMARForConditionalGeneration(config).model.latent_encoder
+    if args.start and (args.start / LATENT_ENCODER_NAME).is_file():
+        encoder.load_state_dict(load_file(args.start / LATENT_ENCODER_NAME))
+    sizes = {kind: len(own.vocabulary) for kind, own in words.items()}
+    reader = WordReader(encoder, config.latent_channels, config.text_config.hidden_size, sizes).to(device)
+    vae.to(device, memory_format=torch.channels_last).train()
     print(f"{sum(p.numel() for p in vae.parameters()):,} parameters, {len(pictures)} pictures", flush=True)
-    trained = nn.ModuleList([vae, head])
+    trained = nn.ModuleList([vae, reader])
     averaged = torch.optim.swa_utils.AveragedModel(
         trained, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(EMA_DECAY), use_buffers=True
     )
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=1.0e-4)
+    optimizer = torch.optim.AdamW(
+        trained.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=1.0e-4, fused=True
+    )
 
     start, last = time.monotonic(), 0.0
     for step in range(args.num_steps):
@@ -265,17 +295,20 @@ def main() -> None:
         with torch.autocast(device.type, torch.bfloat16):
             posterior = vae.encode(pixel_values).latent_dist
             # No noise in the latents until the KL term comes in: otherwise hues never get through.
-            latents = posterior.mode() if passed < KL_START else posterior.sample()
+            with_noise = args.start is not None or passed >= KL_START
+            latents = posterior.sample() if with_noise else posterior.mode()
             prediction = vae.decode(latents).sample.float()
         absolute = (prediction - pixel_values).abs().mean()
         kl = posterior.kl().float().mean()
         elements = pixel_values[0].numel()
-        kl_weight = args.kl_weight * min(1.0, max(0.0, passed - KL_START) / KL_WARMUP)
+        kl_weight = args.kl_weight
+        if not args.start:
+            kl_weight *= min(1.0, max(0.0, passed - KL_START) / KL_WARMUP)
         square = F.mse_loss(prediction, pixel_values)
         loss = absolute + 4 * square + 0.5 * gradient_loss(prediction, pixel_values) + kl_weight * kl / elements
         told = {}
         if words:
-            told = view_losses(vae, head, pictures, words, args.batch_size, generator, with_noise=passed >= KL_START)
+            told = view_losses(vae, reader, pictures, words, args.num_views, generator, with_noise)
             loss = loss + args.word_weight * sum(told.values())
         optimizer.zero_grad()
         loss.backward()
@@ -292,14 +325,14 @@ def main() -> None:
             )
         if time.monotonic() - last > 120:
             last = time.monotonic()
-            averaged.module[0].save_pretrained(args.out)
+            save(*averaged.module, args.out)
 
-    vae, head = averaged.module.eval()
+    vae, reader = averaged.module.eval()
     report = {"steps": args.num_steps, "train": measure(vae, pictures)}
     if held_out is not None:
         held_out_rows, held_out_pictures = held_out
         report["held_out"] = measure(vae, held_out_pictures)
-        report["held_out"]["told"] = share_told(vae, head, held_out_pictures, held_out_rows, words)
+        report["held_out"]["told"] = share_told(vae, reader, held_out_pictures, held_out_rows, words)
     if not math.isfinite(report["train"]["psnr"]):
         raise ValueError("expected a VAE that trained; its error is NaN or infinite. Lower --learning_rate.")
     # The channels differ in spread; one scale for all would leave some of them with hardly any of the loss.
@@ -308,7 +341,7 @@ def main() -> None:
         latents_mean=report["train"]["latents_mean"],
         latents_std=report["train"]["latents_std"],
     )
-    vae.save_pretrained(args.out)
+    save(vae, reader, args.out)
     (args.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
 

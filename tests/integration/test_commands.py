@@ -20,6 +20,7 @@ from mmar.conversion import export
 from mmar.evaluation import emoji_styles
 from mmar.training import init_tiny, latents, train, train_vae
 from mmar.training.emoji_rows import DEPENDS_ON, QUESTIONS
+from mmar.training.train_vae import LATENT_ENCODER_NAME
 
 
 ROOT = Path(__file__).parents[2]
@@ -67,7 +68,10 @@ def data(tmp_path):
 
 def make_init(folder, data, monkeypatch, seed):
     vae = folder / f"vae{seed}"
-    run(train_vae, monkeypatch, "--data", data, "--eval_data", data, "--out", vae, "--num_steps", 3, "--seed", seed)
+    options = ["--config", ROOT / "configs/mmar-tiny", "--data", data, "--eval_data", data, "--seed", seed]
+    run(train_vae, monkeypatch, *options, "--out", folder / "start", "--num_steps", 3, "--num_views", 4)
+    # Goes on from there.
+    run(train_vae, monkeypatch, *options, "--start", folder / "start", "--out", vae, "--num_steps", 1)
     init = folder / f"init{seed}"
     run(init_tiny, monkeypatch, "--config", ROOT / "configs/mmar-tiny", "--data", data, "--vae", vae, "--out", init)
     return init
@@ -78,6 +82,15 @@ def test_from_pictures_to_an_evaluated_checkpoint(tmp_path, data, monkeypatch, c
     report = json.loads((tmp_path / "vae0" / "report.json").read_text())
     assert report["steps"] > 0 and len(report["train"]["latents_std"]) == 32
     assert report["held_out"]["psnr"] == pytest.approx(report["train"]["psnr"], abs=1e-3)  # the same pictures
+    assert report["held_out"]["told"].keys() == {"content", "style"} and report["held_out"]["told"]["style"] == 1.0
+    # The model's latent encoder is the one that learned beside the VAE.
+    learned = load_file(tmp_path / "vae0" / LATENT_ENCODER_NAME)
+    weights = load_file(init / "model.safetensors")
+    assert all(torch.equal(weights[f"model.latent_encoder.{name}"], value) for name, value in learned.items())
+    assert not torch.equal(
+        learned["post_projector.layers.0.weight"],
+        load_file(tmp_path / "start" / LATENT_ENCODER_NAME)["post_projector.layers.0.weight"],
+    )
 
     cache = tmp_path / "latents"
     run(latents, monkeypatch, data, "--model", init, "--out", cache, "--num_copies", 1)
