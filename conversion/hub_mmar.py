@@ -24,10 +24,12 @@ REMOTE_MODULES = {
     "conversion": ("card_mmar", "hub_mmar", "push_mmar"),
     "modeling_mmar": (
         "configuration_mmar",
+        "denoising_mmar",
         "diffusion_mmar",
         "embedding_vit_mmar",
         "frozen_parts_mmar",
         "generation_mmar",
+        "image_layers_mmar",
         "masking_mmar",
         "modeling_mmar",
         "parameterization_mmar",

@@ -1,25 +1,50 @@
 """The masked autoregressive image loop (Sec. 3.3.1, "Pipeline"; Sec. 3.3.4)."""
 
-import copy
 import inspect
 import math
 import numbers
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, SchedulerMixin
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.cache_utils import DynamicCache
 
+from .denoising_mmar import Denoiser
 from .diffusion_mmar import cosine_alphas_cumprod
-from .masking_mmar import sample_orders, shared_position_ids, tokens_per_step
+from .image_layers_mmar import ImageWeights, MergedContext, PlainContext, can_merge
+from .masking_mmar import sample_orders, tokens_per_step
 
 
 MAX_SEED = 2**63 - 1
 # How guidance goes over the autoregressive rounds: MAR's two.
 GUIDANCE_SCHEDULES = ("constant", "linear")
+
+
+@dataclass(frozen=True)
+class Preset:
+    r"""
+    How much is spent on a picture.
+
+    Args:
+        rounds_per_latent (`float`): Autoregressive rounds by the number of latents: 1 draws one at a time.
+        num_inference_steps (`int` or `tuple[int, int]`): Diffusion steps per token, or those of the first and last
+            round.
+        scheduler_class (`type`, *optional*): diffusers' sampler; the model's by default.
+    """
+
+    rounds_per_latent: float
+    num_inference_steps: int | tuple[int, int]
+    scheduler_class: type | None = None
+
+
+PRESETS = {
+    "paper": Preset(1.0, 100),  # Sec. 4.6: 256 x 100
+    "balanced": Preset(1 / 4, (50, 5)),
+    "fast": Preset(1 / 8, 10, DPMSolverMultistepScheduler),
+}
 
 
 class MMARImageGenerationMixin:
@@ -36,6 +61,29 @@ class MMARImageGenerationMixin:
             clip_sample=False,
         )
 
+    def image_preset(self, name: str | None = None) -> Preset:
+        r"""
+        A preset by its name, or the one of `config.image_generation`.
+
+        Raises:
+            ValueError: For another name than those of `PRESETS`.
+        """
+        if name is None:
+            defaults = self.config.image_generation
+            return Preset(defaults["num_ar_steps"] / self.config.num_latents, defaults["num_inference_steps"])
+        if name not in PRESETS:
+            raise ValueError(f"`preset` must be one of {', '.join(PRESETS)}; got {name!r}.")
+        return PRESETS[name]
+
+    def num_rounds(self, preset: Preset, num_hidden: int) -> int:
+        """A preset's autoregressive rounds for pictures with `num_hidden` latents to draw."""
+        return min(max(1, round(preset.rounds_per_latent * self.config.num_latents)), num_hidden)
+
+    def preset_scheduler(self, preset: Preset) -> SchedulerMixin:
+        """The sampler of a preset, on the model's schedule."""
+        scheduler = self.default_scheduler()
+        return scheduler if preset.scheduler_class is None else preset.scheduler_class.from_config(scheduler.config)
+
     @torch.no_grad()
     def generate_images(
         self,
@@ -45,14 +93,18 @@ class MMARImageGenerationMixin:
         negative_attention_mask: Tensor | None = None,
         guidance_scale: float | None = None,
         guidance_schedule: str = "constant",
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        preset: str | None = None,
         num_ar_steps: int | None = None,
-        num_inference_steps: int | None = None,
+        num_inference_steps: int | tuple[int, int] | None = None,
+        order: str = "random",
         scheduler: Any | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         latent_mask: Tensor | None = None,
         callback: Callable[[int, int, Tensor, Tensor], dict[str, Any] | None] | None = None,
         output_type: str = "pt",
+        merge_image_weights: bool | None = None,
         **kwargs,
     ) -> Tensor:
         r"""
@@ -69,9 +121,16 @@ class MMARImageGenerationMixin:
                 `config.image_generation`, like the two steps below.
             guidance_schedule (`str`, *optional*, defaults to `"constant"`): `"linear"` raises w from 1 to
                 `guidance_scale` with the share of latents drawn by the end of each round, as MAR does.
+            guidance_interval (`tuple[float, float]`, *optional*, defaults to `(0.0, 1.0)`): The diffusion steps that
+                are guided, as shares of all of them from the noisiest on (arXiv 2404.07724); the others are
+                conditional only, and cheaper.
+            preset (`str`, *optional*): A key of `PRESETS`, for the two step numbers and the scheduler; what is given
+                wins.
             num_ar_steps (`int`, *optional*): Autoregressive rounds, between 1 and the number of hidden latents.
-            num_inference_steps (`int`, *optional*): Diffusion steps per token.
-            scheduler (diffusers scheduler, *optional*): Defaults to `default_scheduler()`.
+            num_inference_steps (`int` or `tuple[int, int]`, *optional*): Diffusion steps per token, or those of the
+                first and the last round, with even changes between: later tokens are surer.
+            order (`str`, *optional*, defaults to `"random"`): Of the latents; one of `ORDERS`.
+            scheduler (diffusers scheduler, *optional*): Defaults to the preset's, or `default_scheduler()`.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): One per picture, or one from which a
                 seed per picture is drawn: a picture does not depend on the others of its batch.
             latents (`torch.FloatTensor` of shape `(B, C, h, w)`, *optional*): Known tokens, where `latent_mask` is
@@ -82,6 +141,10 @@ class MMARImageGenerationMixin:
                 partial latents `(B, C, h, w)` and the mask `(B, N)` of what is still hidden. It may return a dict with
                 "latents" to go on with, and "interrupt", True to stop here.
             output_type (`str`, *optional*, defaults to `"pt"`): "pt" for pictures, "latent" for latents.
+            merge_image_weights (`bool`, *optional*): Run image tokens by weights with PLoRA merged in, where that is
+                possible: the same up to rounding and faster, for a second copy of the language model's layers in
+                memory. The copy is kept for the next call until `train()` is called. By default where the accelerator
+                has room for it.
 
         Returns:
             `torch.FloatTensor`, float32: pictures `(B, 3, H, W)` in [-1, 1] or latents `(B, C, h, w)`.
@@ -102,41 +165,21 @@ class MMARImageGenerationMixin:
             raise ValueError(f"`output_type` must be 'pt' or 'latent'; got {output_type!r}.")
         defaults = self.config.image_generation
         guidance_scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
-        num_inference_steps = defaults["num_inference_steps"] if num_inference_steps is None else num_inference_steps
-        scheduler = self.default_scheduler() if scheduler is None else scheduler
-        if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
-            got = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
-            raise ValueError(
-                f"`input_ids` must be a torch tensor of shape (B, L); got {got}. `MMARProcessor.generation_inputs` "
-                "makes it."
-            )
+        chosen = self.image_preset(preset)
+        num_inference_steps = chosen.num_inference_steps if num_inference_steps is None else num_inference_steps
+        scheduler = self.preset_scheduler(chosen) if scheduler is None else scheduler
+        _check_prompts(input_ids, attention_mask, negative_attention_mask)
+        _check_guidance(guidance_scale, guidance_schedule, guidance_interval)
         batch, device = len(input_ids), input_ids.device
         num_latents, channels = self.config.num_latents, self.config.latent_channels
         self._check_image_arguments(
             input_ids, negative_input_ids, guidance_scale, num_inference_steps, num_ar_steps, scheduler
         )
-        if guidance_schedule not in GUIDANCE_SCHEDULES:
-            raise ValueError(
-                f"`guidance_schedule` must be one of {', '.join(GUIDANCE_SCHEDULES)}; got {guidance_schedule!r}."
-            )
-        for name, mask in (
-            ("attention_mask", attention_mask),
-            ("negative_attention_mask", negative_attention_mask),
-        ):
-            if mask is not None and not isinstance(mask, Tensor):
-                raise ValueError(f"`{name}` must be a torch tensor; got {type(mask).__name__}.")
-            if mask is not None and not bool(mask[:, -1].all()):
-                raise ValueError(
-                    f"`{name}` must end with 1 in every row: the picture follows the text, so prompts are padded on "
-                    "the left; got right padding. `MMARProcessor.generation_inputs` pads so."
-                )
         tokens, hidden = self._start(batch, latents, latent_mask, device)
         num_hidden = int(hidden[0].sum())
-        num_ar_steps = min(defaults["num_ar_steps"], num_hidden) if num_ar_steps is None else num_ar_steps
+        num_ar_steps = self.num_rounds(chosen, num_hidden) if num_ar_steps is None else num_ar_steps
         counts = tokens_per_step(num_hidden, num_ar_steps)
         generators = _generator_per_image(generator, batch)
-        # A scheduler has state: the caller's is left alone, and calls do not disturb each other.
-        scheduler = copy.deepcopy(scheduler)
 
         # 1. The text prefix never sees the picture: its keys and values are made once, conditional rows first.
         guided = guidance_scale > 1
@@ -145,27 +188,38 @@ class MMARImageGenerationMixin:
                 input_ids, attention_mask, negative_input_ids, negative_attention_mask
             )
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        prefix = _Prefix(self.model, input_ids, attention_mask, num_latents)
+        language_model = self.model.language_model
+        if merge_image_weights is None:
+            merge_image_weights = ImageWeights.fit(language_model)
+        is_merged = merge_image_weights and can_merge(language_model)
+        context_class = MergedContext if is_merged else PlainContext
+        context = context_class(language_model, input_ids, attention_mask, num_latents)
+        steps_of_rounds = _steps_of_rounds(num_inference_steps, num_ar_steps)
+        denoisers = {
+            number: Denoiser(self.diffusion_mlp, scheduler, number, device) for number in sorted(set(steps_of_rounds))
+        }
 
         # 2. Hidden positions in a random order per picture, known ones never visited.
-        orders = sample_orders(batch, num_latents, generators).to(device)
+        orders = sample_orders(batch, num_latents, generators, order).to(device)
         visible = ~hidden.gather(1, orders)
         orders = orders.gather(1, visible.long().argsort(dim=1, stable=True))[:, :num_hidden]  # (B, num_hidden)
 
-        start = 0
+        start, embeds_dtype = 0, language_model.embed_tokens.weight.dtype
         for step, count in enumerate(counts):
             positions = orders[:, start : start + count]  # (B, count)
             start += count
             # 3. z of the next positions, given the text and the tokens so far.
-            embeds = self.model.latent_encoder(tokens, hidden)
-            z = prefix.run(embeds.repeat(2, 1, 1) if guided else embeds)
-            index = positions.repeat(2, 1) if guided else positions
-            z = z.gather(1, index[..., None].expand(-1, -1, z.shape[-1])).flatten(0, 1)  # (rows * count, D)
+            num_known = num_latents - num_hidden + start - count
+            embeds = self.model.latent_encoder(tokens, hidden, num_known).to(embeds_dtype)
+            rows = 2 if guided else 1
+            z = context.run(embeds.repeat(rows, 1, 1), positions.repeat(rows, 1)).flatten(0, 1)  # (rows * count, D)
             # 4. The tokens, by diffusion.
-            scale = guidance_scale if guided else None
-            if guided and guidance_schedule == "linear":
+            scale = guidance_scale
+            if guidance_schedule == "linear":
                 scale = 1 + (guidance_scale - 1) * start / num_hidden
-            drawn = self._denoise(z, scale, scheduler, num_inference_steps, generators)
+            denoiser = denoisers[steps_of_rounds[step]]
+            scales = _scales_of_steps(scale, guidance_interval, denoiser.num_steps) if guided else None
+            drawn = denoiser(z, scales, generators)
             drawn = drawn.view(batch, count, channels)
             tokens = tokens.scatter(1, positions[..., None].expand_as(drawn), drawn)
             hidden = hidden.scatter(1, positions, False)
@@ -176,6 +230,9 @@ class MMARImageGenerationMixin:
                 if changed["interrupt"]:
                     break
 
+        if hasattr(self, "_hf_hook"):
+            # The model is offloaded as a whole, and the copy would stay.
+            ImageWeights.drop(language_model)
         latents = self._as_latents(tokens)
         if not bool(torch.isfinite(latents).all()):
             raise ValueError(
@@ -184,34 +241,6 @@ class MMARImageGenerationMixin:
                 "float32 instead of float16."
             )
         return latents if output_type == "latent" else self.decode_latents(latents)
-
-    def _denoise(
-        self,
-        z: Tensor,
-        guidance_scale: float | None,
-        scheduler: Any,
-        num_inference_steps: int,
-        generators: list[torch.Generator],
-    ) -> Tensor:
-        """Samples tokens `(M, C)` for conditions z `(M, D)`, or `(2 M, D)` with the unconditional half last."""
-        num_tokens = len(z) // (1 if guidance_scale is None else 2)
-        per_token = [item for item in generators for _ in range(num_tokens // len(generators))]
-        shape = (num_tokens // len(generators), self.config.latent_channels)
-        noise = [torch.randn(shape, generator=item, device=item.device).to(z.device) for item in generators]
-        scheduler.set_timesteps(num_inference_steps, device=z.device)
-        # float32 state: the network's output is cast before each update (Sec. 3.3.4).
-        noisy_latents = torch.cat(noise) * scheduler.init_noise_sigma
-        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-        step_kwargs = {"generator": per_token} if takes_generator else {}
-        for timestep in scheduler.timesteps:
-            scaled = scheduler.scale_model_input(noisy_latents, timestep)
-            scaled = scaled if guidance_scale is None else scaled.repeat(2, 1)
-            prediction = self.diffusion_mlp(scaled, timestep.expand(len(scaled)), z)
-            if guidance_scale is not None:
-                cond, uncond = prediction.chunk(2)
-                prediction = uncond + guidance_scale * (cond - uncond)
-            noisy_latents = scheduler.step(prediction, timestep, noisy_latents, **step_kwargs).prev_sample
-        return noisy_latents
 
     def _start(
         self, batch: int, latents: Tensor | None, latent_mask: Tensor | None, device: torch.device
@@ -257,24 +286,28 @@ class MMARImageGenerationMixin:
         input_ids: Tensor,
         negative_input_ids: Tensor | None,
         guidance_scale: float,
-        num_inference_steps: int,
+        num_inference_steps: int | tuple[int, int],
         num_ar_steps: int | None,
         scheduler: Any,
     ) -> None:
         diffusion = self.config.diffusion_config
-        if not isinstance(guidance_scale, numbers.Real) or not 0 <= guidance_scale < math.inf:
-            raise ValueError(f"`guidance_scale` must be a finite number of at least 0; got {guidance_scale!r}.")
-        for name, value in (("num_inference_steps", num_inference_steps), ("num_ar_steps", num_ar_steps)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
-                raise ValueError(f"`{name}` must be an integer; got {value!r}.")
+        is_pair = isinstance(num_inference_steps, (tuple, list)) and len(num_inference_steps) == 2
+        numbers_of_steps = num_inference_steps if is_pair else [num_inference_steps]
+        if not all(map(_is_integer, numbers_of_steps)):
+            raise ValueError(
+                f"`num_inference_steps` must be an integer; got {num_inference_steps!r}. Two of them, in a tuple, are "
+                "the steps of the first and of the last round."
+            )
+        if num_ar_steps is not None and not _is_integer(num_ar_steps):
+            raise ValueError(f"`num_ar_steps` must be an integer; got {num_ar_steps!r}.")
         self._check_scheduler(scheduler)
-        if not 1 <= num_inference_steps <= diffusion.num_train_timesteps:
+        if not all(1 <= number <= diffusion.num_train_timesteps for number in numbers_of_steps):
             raise ValueError(
                 f"`num_inference_steps` must be between 1 and {diffusion.num_train_timesteps}, the number of training "
                 f"timesteps; got {num_inference_steps}."
             )
         spacing = scheduler.config.get("timestep_spacing")
-        if num_inference_steps == 1 and spacing in ("linspace", "leading"):
+        if min(numbers_of_steps) == 1 and spacing in ("linspace", "leading"):
             raise ValueError(
                 f"`num_inference_steps` must be at least 2 with `timestep_spacing` {spacing!r}, whose only step is"
                 " at the least noise; got 1. Set `timestep_spacing='trailing'` for a single step."
@@ -346,43 +379,51 @@ class MMARImageGenerationMixin:
                 )
 
 
-class _Prefix:
-    """Keys and values of the text before the pictures, and the LLM on the pictures' tokens behind it."""
+def _steps_of_rounds(num_inference_steps: int | tuple[int, int], num_rounds: int) -> list[int]:
+    """Diffusion steps of each round: a pair's first number, evenly towards its second."""
+    if isinstance(num_inference_steps, numbers.Integral):
+        return [num_inference_steps] * num_rounds
+    first, last = num_inference_steps
+    return [round(first + (last - first) * index / max(1, num_rounds - 1)) for index in range(num_rounds)]
 
-    def __init__(self, model: Any, input_ids: Tensor, attention_mask: Tensor, num_latents: int):
-        self.language_model = model.language_model
-        self.cache = DynamicCache(config=self.language_model.config)
-        no_image = torch.zeros_like(input_ids, dtype=torch.bool)
-        position_ids = shared_position_ids(no_image, num_latents, attention_mask)
-        self.language_model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=self.cache,
-            use_cache=True,
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _check_prompts(input_ids: Any, attention_mask: Any, negative_attention_mask: Any) -> None:
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
+        got = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise ValueError(
+            f"`input_ids` must be a torch tensor of shape (B, L); got {got}. `MMARProcessor.generation_inputs` makes "
+            "it."
         )
-        # All tokens of the picture share the position after the text.
-        self.position_ids = (position_ids[:, -1:] + 1).expand(-1, num_latents)
-        visible = F.pad(attention_mask.bool(), (0, num_latents), value=True)
-        self.visible = visible[:, None, None, :].expand(-1, 1, num_latents, -1)  # (rows, 1, N, P + N)
-
-    def run(self, embeds: Tensor) -> Tensor:
-        """z `(rows, N, D)` of image token embeddings `(rows, N, D)`; the cache is left as it was."""
-        mask = self.visible
-        if self.language_model.config._attn_implementation == "eager":
-            mask = torch.zeros(mask.shape, dtype=embeds.dtype, device=embeds.device).masked_fill(
-                ~mask, torch.finfo(embeds.dtype).min
+    for name, mask in (("attention_mask", attention_mask), ("negative_attention_mask", negative_attention_mask)):
+        if mask is not None and not isinstance(mask, Tensor):
+            raise ValueError(f"`{name}` must be a torch tensor; got {type(mask).__name__}.")
+        if mask is not None and not bool(mask[:, -1].all()):
+            raise ValueError(
+                f"`{name}` must end with 1 in every row: the picture follows the text, so prompts are padded on the "
+                "left; got right padding. `MMARProcessor.generation_inputs` pads so."
             )
-        output = self.language_model(
-            inputs_embeds=embeds,
-            attention_mask={"full_attention": mask},
-            position_ids=self.position_ids,
-            past_key_values=self.cache,
-            use_cache=True,
-            image_token_mask=torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device),
-        ).last_hidden_state
-        self.cache.crop(-embeds.shape[1])
-        return output
+
+
+def _check_guidance(scale: Any, schedule: Any, interval: Any) -> None:
+    if not isinstance(scale, numbers.Real) or not 0 <= scale < math.inf:
+        raise ValueError(f"`guidance_scale` must be a finite number of at least 0; got {scale!r}.")
+    if schedule not in GUIDANCE_SCHEDULES:
+        raise ValueError(f"`guidance_schedule` must be one of {', '.join(GUIDANCE_SCHEDULES)}; got {schedule!r}.")
+    is_pair = isinstance(interval, (tuple, list)) and len(interval) == 2
+    if not is_pair or not all(isinstance(share, numbers.Real) for share in interval):
+        raise ValueError(f"`guidance_interval` must be two shares of the diffusion steps; got {interval!r}.")
+    if not 0 <= interval[0] <= interval[1] <= 1:
+        raise ValueError(f"`guidance_interval` must be two shares in [0, 1], the lesser first; got {interval!r}.")
+
+
+def _scales_of_steps(scale: float, interval: tuple[float, float], num_steps: int) -> list[float]:
+    """Guidance of each diffusion step, 1 outside the interval of shares."""
+    start, end = interval
+    return [scale if start <= (step + 0.5) / num_steps <= end else 1.0 for step in range(num_steps)]
 
 
 def _generator_per_image(

@@ -216,14 +216,18 @@ class MMARPipeline(DiffusionPipeline):
         negative_prompt: str | list[str | None] | None = None,
         guidance_scale: float | None = None,
         guidance_schedule: str = "constant",
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        preset: str | None = None,
         num_ar_steps: int | None = None,
-        num_inference_steps: int | None = None,
+        num_inference_steps: int | tuple[int, int] | None = None,
+        order: str = "random",
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         latent_mask: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        merge_image_weights: bool | None = None,
         callback_on_step_end: Callable[["MMARPipeline", int, int, dict[str, Tensor]], dict[str, Tensor]] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
     ) -> MMARPipelineOutput | tuple:
@@ -238,8 +242,15 @@ class MMARPipeline(DiffusionPipeline):
                 `model.config.image_generation`, like the two steps below.
             guidance_schedule (`str`, *optional*, defaults to `"constant"`): `"linear"` raises w from 1 to
                 `guidance_scale` as the picture fills.
+            guidance_interval (`tuple[float, float]`, *optional*, defaults to `(0.0, 1.0)`): The diffusion steps that
+                are guided, as shares of all of them from the noisiest on.
+            preset (`str`, *optional*): `"paper"`, `"balanced"` or `"fast"`, for the two step numbers and the
+                scheduler, in place of `pipe.scheduler`; what is given wins.
             num_ar_steps (`int`, *optional*): Autoregressive steps, between 1 and the number of latents to draw.
-            num_inference_steps (`int`, *optional*): Diffusion steps per token.
+            num_inference_steps (`int` or `tuple[int, int]`, *optional*): Diffusion steps per token, or those of the
+                first and the last autoregressive step, with even changes between.
+            order (`str`, *optional*, defaults to `"random"`): In which latents are drawn: `"random"`, as the model was
+                trained, `"checkerboard"`, at random but first those that share no side, or `"raster"`, row by row.
             num_images_per_prompt (`int`, *optional*, defaults to 1): Pictures per prompt, beside each other in the
                 output.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): One per picture, or one from which
@@ -249,6 +260,9 @@ class MMARPipeline(DiffusionPipeline):
             latent_mask (`torch.BoolTensor` of shape `(B, N)`, *optional*): True where to draw; with `latents`.
             output_type (`str`, *optional*, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
             return_dict (`bool`, *optional*, defaults to `True`): False returns a tuple.
+            merge_image_weights (`bool`, *optional*): Draw by weights with PLoRA merged in: the same up to rounding and
+                faster, for a second copy of the language model's layers in memory. By default where the accelerator
+                has room for it.
             callback_on_step_end (`Callable`, *optional*): Called after each autoregressive step as
                 `callback(pipe, step, step, callback_kwargs)`. The step comes twice, since diffusers' third argument
                 is a timestep, of which every step here runs through all. It returns a dict, whose "latents", if
@@ -278,10 +292,10 @@ class MMARPipeline(DiffusionPipeline):
             callback_on_step_end,
         )
         config = self.model.config
-        defaults = config.image_generation
+        defaults, chosen = config.image_generation, self.model.image_preset(preset)
         self._guidance_scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
         num_to_draw = config.num_latents if latent_mask is None else int(latent_mask.sum(-1).min())
-        self._num_timesteps = min(defaults["num_ar_steps"], num_to_draw) if num_ar_steps is None else num_ar_steps
+        self._num_timesteps = self.model.num_rounds(chosen, num_to_draw) if num_ar_steps is None else num_ar_steps
         self._interrupt = False
 
         # 2. Prompts to tokens, each once per picture.
@@ -316,14 +330,18 @@ class MMARPipeline(DiffusionPipeline):
                 **inputs,
                 guidance_scale=self._guidance_scale,
                 guidance_schedule=guidance_schedule,
+                guidance_interval=guidance_interval,
+                preset=preset,
                 num_ar_steps=self._num_timesteps,
                 num_inference_steps=num_inference_steps,
-                scheduler=self.scheduler,
+                order=order,
+                scheduler=self.scheduler if preset is None else None,
                 generator=list(generator) if isinstance(generator, tuple) else generator,
                 latents=None if latents is None else latents.to(device),
                 latent_mask=None if latent_mask is None else latent_mask.to(device),
                 callback=on_step_end,
                 output_type="latent",
+                merge_image_weights=merge_image_weights,
             )
 
         # 4. Latents to pictures.

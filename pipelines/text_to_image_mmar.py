@@ -10,10 +10,14 @@ from transformers import Pipeline
 GENERATION_ARGUMENTS = (
     "guidance_scale",
     "guidance_schedule",
+    "guidance_interval",
+    "preset",
     "num_ar_steps",
     "num_inference_steps",
+    "order",
     "generator",
     "scheduler",
+    "merge_image_weights",
 )
 OUTPUT_TYPES = ("pil", "np", "pt")
 
@@ -23,8 +27,9 @@ class MMARTextToImagePipeline(Pipeline):
     Draws pictures from prompts, as `transformers.pipeline("text-to-image")`.
 
     Arguments of a call, or of the pipeline as defaults of its calls: `negative_prompt`, `guidance_scale`,
-    `guidance_schedule`, `num_ar_steps`, `num_inference_steps`, `generator` (one), `scheduler`, `output_type` ("pil",
-    "np" or "pt") and, of every pipeline, `batch_size`.
+    `guidance_schedule`, `guidance_interval`, `preset`, `num_ar_steps`, `num_inference_steps`, `order`, `generator`
+    (one), `scheduler`, `merge_image_weights`, `output_type` ("pil", "np" or "pt") and, of every pipeline,
+    `batch_size`.
 
     Example:
 

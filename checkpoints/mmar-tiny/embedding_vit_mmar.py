@@ -101,21 +101,34 @@ class MMARLatentEncoder(nn.Module):
         llm_width = config.text_config.hidden_size
         self.vis_projector = MMARMLPProjector(width, llm_width, llm_width, num_layers=3)
 
-    def forward(self, latent_tokens: Tensor, latent_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, latent_tokens: Tensor, latent_mask: Tensor | None = None, num_known: int | None = None
+    ) -> Tensor:
         r"""
         Args:
             latent_tokens (`torch.FloatTensor` of shape `(I, N, C)`): Clean tokens; hidden ones are never read.
             latent_mask (`torch.BoolTensor` of shape `(I, N)`, *optional*): True where a latent is hidden. Without it
                 every latent is known, as in understanding.
+            num_known (`int`, *optional*): How many the mask leaves known, if it is as many in every picture: then the
+                device is not asked.
 
         Returns:
             `torch.FloatTensor` of shape `(I, N, D)`.
         """
         dtype = self.mask_token.dtype
         num_images, num_latents, _ = latent_tokens.shape
-        if latent_mask is None:
+        if latent_mask is None or num_known == num_latents:
             positions = torch.arange(num_latents, device=latent_tokens.device).expand(num_images, -1)
             embeddings = self.embedding_vit(self.post_projector(latent_tokens.to(dtype)), positions)
+        elif num_known == 0:
+            embeddings = self.mask_token.expand(num_images, num_latents, -1)
+        elif num_known is not None:
+            # Known places first, in order. (I, N) -> (I, K)
+            positions = latent_mask.long().argsort(dim=-1, stable=True)[:, :num_known]
+            tokens = latent_tokens.gather(1, positions[..., None].expand(-1, -1, latent_tokens.shape[-1]))
+            known = self.embedding_vit(self.post_projector(tokens.to(dtype)), positions)
+            embeddings = self.mask_token.expand(num_images, num_latents, -1).to(known.dtype)
+            embeddings = embeddings.scatter(1, positions[..., None].expand_as(known), known)
         else:
             num_known = (~latent_mask).sum(-1)
             # One slot at least, so that every rank runs the ViT in training.

@@ -10,6 +10,9 @@ from transformers.cache_utils import Cache
 # Truncated normal of the mask ratio (MAR): mean 1, std 0.25, on [0.7, 1] in stage 1; Sec. 3.3.3 gives the bounds.
 MASK_RATIO_MEAN = 1.0
 MASK_RATIO_STD = 0.25
+# In which the latents of a picture are drawn: at random (Sec. 3.3.1); at random, but first those that share no side;
+# row by row.
+ORDERS = ("random", "checkerboard", "raster")
 
 
 def image_block_ids(image_token_mask: Tensor, num_latents: int) -> Tensor:
@@ -99,14 +102,27 @@ def sample_mask_ratios(num_images: int, minimum: float, generator: torch.Generat
     return ratios.clamp(minimum, 1.0).float()
 
 
-def sample_orders(num_images: int, num_latents: int, generators: list[torch.Generator] | None = None) -> Tensor:
-    """A fresh permutation of the latent positions per picture (Sec. 3.3.1): `(num_images, num_latents)`, int64."""
+def sample_orders(
+    num_images: int, num_latents: int, generators: list[torch.Generator] | None = None, order: str = "random"
+) -> Tensor:
+    """
+    A permutation of the latent positions per picture: `(num_images, num_latents)`, int64. Each picture's generator is
+    asked for one (Sec. 3.3.1), whatever the order is.
+    """
+    if order not in ORDERS:
+        raise ValueError(f"`order` must be one of {', '.join(ORDERS)}; got {order!r}.")
     generators = generators if generators is not None else [None] * num_images
     devices = ["cpu" if generator is None else generator.device for generator in generators]
     orders = [
         torch.randperm(num_latents, generator=generator, device=device)
         for generator, device in zip(generators, devices, strict=True)
     ]
+    if order == "raster":
+        orders = [own.sort().values for own in orders]
+    elif order == "checkerboard":
+        size = math.isqrt(num_latents)
+        # Stable: within a colour the order stays random.
+        orders = [own[((own // size + own % size) % 2).argsort(stable=True)] for own in orders]
     return torch.stack(orders)
 
 

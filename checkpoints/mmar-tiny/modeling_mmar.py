@@ -46,6 +46,7 @@ from .frozen_parts_mmar import (
     part_of,
 )
 from .generation_mmar import MMARImageGenerationMixin
+from .image_layers_mmar import ImageWeights
 from .masking_mmar import cached_position_ids, image_block_ids, shared_position_ids
 from .plora_mmar import MMARQwen2Model
 from .prefix_mmar import num_prefix_tokens
@@ -627,6 +628,8 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
     def train(self, mode: bool = True):
         super().train(mode)
         self.vae.train(False)
+        if mode:
+            ImageWeights.drop(self.model.language_model)
         return self
 
     # ----------------------------------------------------------------------------------------------------- latents

@@ -65,6 +65,30 @@ def test_defaults_come_from_the_config(pipe):
     assert pipe.num_timesteps == defaults["num_ar_steps"]
 
 
+def test_presets(pipe):
+    num_latents = pipe.model.config.num_latents
+    fast = latents(pipe, PROMPT, generator=seeded(), preset="fast")
+    assert pipe.num_timesteps == num_latents // 8
+    own = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    kept, pipe.scheduler = pipe.scheduler, own
+    try:
+        same = latents(pipe, PROMPT, generator=seeded(), num_ar_steps=num_latents // 8, num_inference_steps=10)
+    finally:
+        pipe.scheduler = kept
+    assert torch.equal(fast, same)
+    assert not torch.equal(fast, latents(pipe, PROMPT, generator=seeded()))
+
+
+def test_arguments_that_cost_less(pipe):
+    """Each reaches the model and changes the picture."""
+    settings = {"num_ar_steps": 2, "num_inference_steps": 4}
+    plain = latents(pipe, PROMPT, generator=seeded(), **settings)
+    for argument in ({"order": "raster"}, {"guidance_interval": (0.5, 1.0)}, {"num_inference_steps": (4, 2)}):
+        assert not torch.equal(latents(pipe, PROMPT, generator=seeded(), **settings | argument), plain)
+    unmerged = latents(pipe, PROMPT, generator=seeded(), **settings, merge_image_weights=False)
+    torch.testing.assert_close(unmerged, plain, **BATCH_TOLERANCE)
+
+
 def test_one_prompt_in_a_list_is_the_prompt(pipe):
     assert torch.equal(latents(pipe, [PROMPT], generator=seeded()), latents(pipe, PROMPT, generator=seeded()))
 

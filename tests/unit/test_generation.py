@@ -18,6 +18,9 @@ from helpers import IMAGE, image_marks, random_latents, random_text, seeded, tin
 from transformers import TextIteratorStreamer, TextStreamer
 from transformers.cache_utils import DynamicCache, StaticCache
 
+from mmar.modeling_mmar.denoising_mmar import PreparedHead
+from mmar.modeling_mmar.generation_mmar import PRESETS
+from mmar.modeling_mmar.image_layers_mmar import MergedContext
 from mmar.modeling_mmar.masking_mmar import shared_position_ids
 
 
@@ -463,6 +466,79 @@ def test_defaults_come_from_the_config(model):
     assert steps == [2, 2]
 
 
+def rounds_and_steps(model, monkeypatch, **arguments):
+    """Latents, and per autoregressive round the rows of each call of the network."""
+    calls, call = [], PreparedHead.__call__
+
+    def counted(self, step, noisy_latents):
+        calls[-1].append(len(noisy_latents))
+        return call(self, step, noisy_latents)
+
+    monkeypatch.setattr(PreparedHead, "__call__", counted)
+    run = MergedContext.run
+    monkeypatch.setattr(MergedContext, "run", lambda self, *args: calls.append([]) or run(self, *args))
+    arguments = {"num_ar_steps": None, "num_inference_steps": None} | arguments
+    latents = draw(model, generator=seeded(0), **arguments)
+    return latents, calls
+
+
+PRESET_ROUNDS = {"paper": [100] * 16, "balanced": [50, 35, 20, 5], "fast": [10, 10]}
+
+
+@pytest.mark.parametrize("preset", PRESET_ROUNDS)
+def test_presets(model, monkeypatch, preset):
+    """16 latents: one, four and eight a round in the mean."""
+    assert PRESET_ROUNDS.keys() == PRESETS.keys()
+    latents, calls = rounds_and_steps(model, monkeypatch, preset=preset)
+    assert [len(round_) for round_ in calls] == PRESET_ROUNDS[preset]
+    explicit = {"num_ar_steps": len(calls), "num_inference_steps": PRESETS[preset].num_inference_steps}
+    if preset == "fast":
+        explicit["scheduler"] = scheduler_like(DPMSolverMultistepScheduler)
+    assert torch.equal(draw(model, generator=seeded(0), **explicit), latents)
+    assert torch.isfinite(latents).all() and latents.std() > 0.1
+    # What is given wins.
+    _, calls = rounds_and_steps(model, monkeypatch, preset=preset, num_inference_steps=3)
+    assert [len(round_) for round_ in calls] == [3] * len(PRESET_ROUNDS[preset])
+
+
+def test_steps_change_evenly_over_the_rounds(model, monkeypatch):
+    _, calls = rounds_and_steps(model, monkeypatch, num_ar_steps=3, num_inference_steps=(9, 2))
+    assert [len(round_) for round_ in calls] == [9, 6, 2]
+    one_number = draw(model, generator=seeded(0), num_ar_steps=3, num_inference_steps=4)
+    assert torch.equal(draw(model, generator=seeded(0), num_ar_steps=3, num_inference_steps=(4, 4)), one_number)
+
+
+def test_guidance_interval(model, monkeypatch):
+    whole = draw(model, generator=seeded(0), num_inference_steps=4)
+    assert torch.equal(draw(model, generator=seeded(0), num_inference_steps=4, guidance_interval=(0.0, 1.0)), whole)
+    latents, calls = rounds_and_steps(
+        model, monkeypatch, num_ar_steps=1, num_inference_steps=4, guidance_interval=(0.25, 0.75)
+    )
+    # Two pictures of 16 tokens: the unconditional half in the two middle steps only.
+    assert calls == [[32, 64, 64, 32]]
+    unguided = draw(model, generator=seeded(0), num_ar_steps=1, num_inference_steps=4, guidance_scale=1.0)
+    assert not torch.allclose(latents, unguided, atol=1e-3)
+
+
+@pytest.mark.parametrize("order", ["checkerboard", "raster"])
+def test_orders(model, order):
+    seen = []
+    draw(
+        model,
+        generator=[seeded(0), seeded(1)],
+        num_ar_steps=2,
+        order=order,
+        callback=lambda step, steps, latents, mask: seen.append(mask.clone()),
+    )
+    hidden = seen[0].view(2, 4, 4)
+    places = torch.arange(16).view(4, 4)
+    if order == "raster":
+        assert torch.equal(hidden, (places >= 5).expand(2, -1, -1))
+    else:
+        is_white = (places // 4 + places % 4) % 2 == 1
+        assert hidden[:, is_white].all() and (~hidden).flatten(1).sum(-1).tolist() == [5, 5]
+
+
 def test_generate_with_generation_mode_image(model):
     ids = random_text(2, 5)
     arguments = {"guidance_scale": 1.0, "num_ar_steps": 2, "num_inference_steps": 2}
@@ -586,6 +662,12 @@ ERRORS = {
         {"attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])},
         "`attention_mask` must end with 1 in every row.*got right padding",
     ),
+    "preset": ({"preset": "quick"}, "`preset` must be one of paper, balanced, fast; got 'quick'"),
+    "order": ({"order": "spiral"}, "`order` must be one of random, checkerboard, raster; got 'spiral'"),
+    "three step numbers": ({"num_inference_steps": (3, 2, 1)}, "must be an integer; got .3, 2, 1.. Two of them"),
+    "last step number": ({"num_inference_steps": (3, 0)}, r"between 1 and 1000.*got \(3, 0\)"),
+    "interval": ({"guidance_interval": (0.5, 0.2)}, r"two shares in \[0, 1\], the lesser first; got \(0.5, 0.2\)"),
+    "half an interval": ({"guidance_interval": 0.5}, "must be two shares of the diffusion steps; got 0.5"),
     "guidance schedule": ({"guidance_schedule": "cosine"}, "must be one of constant, linear; got 'cosine'"),
     "latents list": (
         {"latents": [0.0], "latent_mask": torch.ones(2, 16, dtype=torch.bool)},

@@ -116,6 +116,22 @@ def test_orders_are_fresh_reproducible_permutations():
     assert torch.equal(first, sample_orders(2, 64)) and not torch.equal(first[0], first[1])
 
 
+def test_other_orders():
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    assert torch.equal(sample_orders(2, 16, generators, "raster"), torch.arange(16).expand(2, -1))
+    # The generators were asked as for a random order.
+    states = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    sample_orders(2, 16, states)
+    assert all(torch.equal(a.get_state(), b.get_state()) for a, b in zip(generators, states, strict=True))
+    orders = sample_orders(2, 16, generators, "checkerboard")
+    assert torch.equal(orders.sort(-1).values, torch.arange(16).expand(2, -1))
+    assert not torch.equal(orders[0], orders[1])
+    # On a board of 4 x 4 the first half are the places whose row and column are both even or both odd.
+    assert orders[0, :8].sort().values.tolist() == [0, 2, 5, 7, 8, 10, 13, 15]
+    with pytest.raises(ValueError, match="`order` must be one of random, checkerboard, raster; got 'spiral'"):
+        sample_orders(1, 16, order="spiral")
+
+
 def test_tokens_per_step_follow_the_cosine():
     counts = tokens_per_step(256, 64)
     hidden = (256 - torch.tensor(counts).cumsum(0)).tolist()

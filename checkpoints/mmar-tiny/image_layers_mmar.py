@@ -1,0 +1,287 @@
+"""
+The language model on the tokens of pictures that are being drawn, behind a text that never sees them.
+
+All running tokens are image tokens, so each linear is one product with W + alpha / r B A. All tokens of a picture
+share one RoPE position, so only the text's keys are turned, once, by that position backwards. The text's keys and
+values stay where they are, and the last layer runs for the wanted tokens only.
+"""
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.cache_utils import DynamicCache
+from transformers.models.qwen2.modeling_qwen2 import rotate_half
+
+from .masking_mmar import shared_position_ids
+from .plora_mmar import MMARQwen2DecoderLayer, MMARQwen2Model, PLoRALinear
+
+
+# A change of weights that leaves no trace in a tensor's version is looked for in so many of its elements.
+NUM_PROBED_ELEMENTS = 64
+
+
+@dataclass
+class _ImageLayer:
+    """The weights of one layer as image tokens see them: merged, and those of one input beside each other."""
+
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    output: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+class ImageWeights:
+    r"""
+    Qwen2's linears with PLoRA merged in: W + alpha / r B A, as much memory as the layers of the language model.
+
+    Args:
+        language_model (`MMARQwen2Model`): One that `can_merge`.
+    """
+
+    _kept: "weakref.WeakKeyDictionary[MMARQwen2Model, ImageWeights]" = weakref.WeakKeyDictionary()
+
+    def __init__(self, language_model: MMARQwen2Model):
+        self.layers = [_merged_layer(layer) for layer in language_model.layers]
+        self._state, self._probe = _state_of(language_model), _probe(language_model)
+
+    @classmethod
+    def of(cls, language_model: MMARQwen2Model) -> "ImageWeights":
+        """The merged weights of a model: those of the last call, if the model's weights are still the same."""
+        kept = cls._kept.get(language_model)
+        if kept is None or not kept._is_current(language_model):
+            # The old ones first: two copies might not fit.
+            cls._kept.pop(language_model, None)
+            del kept
+            kept = cls._kept[language_model] = cls(language_model)
+        return kept
+
+    @classmethod
+    def fit(cls, language_model: MMARQwen2Model) -> bool:
+        """Whether there are merged weights already, or an accelerator has room for them."""
+        device = language_model.embed_tokens.weight.device
+        if device.type != "cuda" or language_model in cls._kept:
+            return True
+        free = torch.cuda.mem_get_info(device)[0]
+        # What torch keeps and does not use is free too.
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        parts = language_model.layers.parameters()
+        return sum(part.numel() * part.element_size() for part in parts) <= free
+
+    @classmethod
+    def drop(cls, language_model: MMARQwen2Model) -> None:
+        """Frees the merged weights of a model, if there are any."""
+        cls._kept.pop(language_model, None)
+
+    def _is_current(self, language_model: MMARQwen2Model) -> bool:
+        return _state_of(language_model) == self._state and torch.equal(_probe(language_model), self._probe)
+
+
+def can_merge(language_model: nn.Module) -> bool:
+    """
+    Whether the weights of image tokens can be merged and run past the modules: floating point, on their device, each
+    the PLoRA linear itself (no adapter on top, no shard, no quantized weight), and no hook that waits for a call.
+    """
+    if language_model.config.rope_parameters.get("rope_type", "default") != "default":
+        return False
+    for module in (language_model, *language_model.layers.modules(), language_model.norm):
+        if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
+            return False
+    if not all(type(layer) is MMARQwen2DecoderLayer for layer in language_model.layers):
+        return False
+    for linear in _linears(language_model):
+        if type(linear) is not PLoRALinear or linear.weight.is_meta or not linear.weight.is_floating_point():
+            return False
+        if type(linear.weight) is not nn.Parameter or type(linear.weight.data) is not Tensor:
+            return False
+    return len({parameter.device for parameter in language_model.parameters()}) == 1
+
+
+def _linears(language_model: nn.Module) -> list[nn.Module]:
+    return [
+        linear
+        for layer in language_model.layers
+        for linear in (
+            *(getattr(layer.self_attn, f"{name}_proj") for name in "qkvo"),
+            *(getattr(layer.mlp, f"{name}_proj") for name in ("gate", "up", "down")),
+        )
+    ]
+
+
+def _sources(language_model: MMARQwen2Model) -> list[Tensor]:
+    """The tensors that merged weights are made of."""
+    parts = [(linear.weight, linear.bias, linear.image_A, linear.image_B) for linear in _linears(language_model)]
+    return [part for own in parts for part in own if part is not None]
+
+
+def _state_of(language_model: MMARQwen2Model) -> list[tuple]:
+    """Where the weights are and how often they were written to, as far as torch counts it."""
+    return [
+        (part.data_ptr(), 0 if part.is_inference() else part._version, part.dtype, part.device)
+        for part in _sources(language_model)
+    ]
+
+
+@torch.no_grad()
+def _probe(language_model: MMARQwen2Model) -> Tensor:
+    """Sums of some elements of each weight: writes to `.data` are not counted."""
+    sums = []
+    for part in _sources(language_model):
+        flat = part.detach().flatten()
+        sums.append(flat[:: max(1, len(flat) // NUM_PROBED_ELEMENTS)].sum(dtype=torch.float32))
+    return torch.stack(sums).cpu()
+
+
+@torch.no_grad()
+def _merged(linear: PLoRALinear) -> Tensor:
+    """W + alpha / r B A `(out, in)`, summed in float32, in W's dtype."""
+    factor_A, factor_B = linear.image_A.float(), linear.image_B.float()
+    # Without autocast, which would round the product.
+    with torch.autocast(factor_A.device.type, enabled=False):
+        merged = torch.addmm(linear.weight.float(), factor_B, factor_A, alpha=linear.image_scaling)
+    return merged.to(linear.weight.dtype)
+
+
+def _merged_layer(layer: MMARQwen2DecoderLayer) -> _ImageLayer:
+    attention, mlp = layer.self_attn, layer.mlp
+    qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
+    biases = [linear.bias for linear in qkv]
+    return _ImageLayer(
+        qkv=torch.cat([_merged(linear) for linear in qkv]),
+        qkv_bias=None if biases[0] is None else torch.cat(biases).detach(),
+        output=_merged(attention.o_proj),
+        gate_up=torch.cat([_merged(mlp.gate_proj), _merged(mlp.up_proj)]),
+        down=_merged(mlp.down_proj),
+    )
+
+
+class PlainContext:
+    r"""
+    A text, and the language model on the tokens of a picture behind it, by the model's own modules.
+
+    Args:
+        language_model (`MMARQwen2Model`): It.
+        input_ids (`torch.LongTensor` of shape `(rows, P)`): The text, left padded.
+        attention_mask (`torch.Tensor` of shape `(rows, P)`): 0 at padding.
+        num_latents (`int`): N.
+    """
+
+    def __init__(self, language_model: Any, input_ids: Tensor, attention_mask: Tensor, num_latents: int):
+        self.language_model = language_model
+        self.cache = DynamicCache(config=language_model.config)
+        no_image = torch.zeros_like(input_ids, dtype=torch.bool)
+        position_ids = shared_position_ids(no_image, num_latents, attention_mask)
+        # The text never sees the picture: its keys and values are made once.
+        language_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        # All tokens of the picture share the position after the text.
+        self.position_ids = position_ids[:, -1:] + 1  # (rows, 1)
+        visible = F.pad(attention_mask.bool(), (0, num_latents), value=True)
+        self.visible = visible[:, None, None]  # (rows, 1, 1, P + N)
+
+    def run(self, embeds: Tensor, positions: Tensor) -> Tensor:
+        r"""
+        Args:
+            embeds (`torch.FloatTensor` of shape `(rows, N, D)`): Of the picture's tokens.
+            positions (`torch.LongTensor` of shape `(rows, K)`): The wanted tokens.
+
+        Returns:
+            `torch.FloatTensor` of shape `(rows, K, D)`: z there.
+        """
+        rows, num_latents, _ = embeds.shape
+        mask = self.visible.expand(-1, 1, num_latents, -1)
+        if self.language_model.config._attn_implementation == "eager":
+            mask = torch.zeros(mask.shape, dtype=embeds.dtype, device=embeds.device).masked_fill(
+                ~mask, torch.finfo(embeds.dtype).min
+            )
+        z = self.language_model(
+            inputs_embeds=embeds,
+            attention_mask={"full_attention": mask},
+            position_ids=self.position_ids.expand(-1, num_latents),
+            past_key_values=self.cache,
+            use_cache=True,
+            image_token_mask=torch.ones(rows, num_latents, dtype=torch.bool, device=embeds.device),
+        ).last_hidden_state
+        self.cache.crop(-num_latents)
+        return _at(z, positions)
+
+
+class MergedContext(PlainContext):
+    """As `PlainContext`, with merged weights, past the modules; for a model that `can_merge`."""
+
+    def __init__(self, language_model: Any, input_ids: Tensor, attention_mask: Tensor, num_latents: int):
+        super().__init__(language_model, input_ids, attention_mask, num_latents)
+        self.weights = ImageWeights.of(language_model)
+        self.num_text = input_ids.shape[1]
+        # Without padding there is nothing to hide, and attention is faster without a mask.
+        self.mask = None if bool(attention_mask.all()) else self.visible
+        cos, sin = language_model.rotary_emb(self.cache.layers[0].keys, self.position_ids)
+        cos, sin = cos[:, None].float(), sin[:, None].float()  # (rows, 1, 1, head_dim)
+        self.states = []
+        for layer in self.cache.layers:
+            keys, values = layer.keys, layer.values  # (rows, kv_heads, P, head_dim)
+            # Image tokens then need no turn: scores hang on differences of positions.
+            turned = (keys.float() * cos - rotate_half(keys.float()) * sin).to(keys.dtype)
+            # The places of the picture's tokens are written in each round.
+            self.states.append([F.pad(part, (0, 0, 0, num_latents)) for part in (turned, values)])
+        self.cache = None
+
+    def run(self, embeds: Tensor, positions: Tensor) -> Tensor:
+        hidden_states = embeds
+        last = len(self.weights.layers) - 1
+        for index, (layer, weights) in enumerate(zip(self.language_model.layers, self.weights.layers, strict=True)):
+            hidden_states = self._layer(
+                layer, weights, *self.states[index], hidden_states, positions if index == last else None
+            )
+        return self.language_model.norm(hidden_states)
+
+    def _layer(
+        self,
+        layer: MMARQwen2DecoderLayer,
+        weights: _ImageLayer,
+        keys: Tensor,
+        values: Tensor,
+        hidden_states: Tensor,
+        positions: Tensor | None,
+    ) -> Tensor:
+        """A layer for all tokens, or for those at `positions` alone; all of them are attended to."""
+        config = self.language_model.config
+        heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, layer.self_attn.head_dim
+        rows = len(hidden_states)
+        sizes = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
+        inputs = layer.input_layernorm(hidden_states)
+        if positions is None:
+            query, key, value = F.linear(inputs, weights.qkv, weights.qkv_bias).split(sizes, dim=-1)
+        else:
+            wanted, others = weights.qkv.split([sizes[0], sum(sizes[1:])])
+            biases = (None, None) if weights.qkv_bias is None else weights.qkv_bias.split([sizes[0], sum(sizes[1:])])
+            hidden_states = _at(hidden_states, positions)
+            query = F.linear(_at(inputs, positions), wanted, biases[0])
+            key, value = F.linear(inputs, others, biases[1]).split(sizes[1:], dim=-1)
+        for states, part in ((keys, key), (values, value)):
+            # (rows, N, kv_heads * head_dim) -> (rows, kv_heads, N, head_dim)
+            states[:, :, self.num_text :] = part.unflatten(-1, (kv_heads, head_dim)).transpose(1, 2)
+        # The heads that share a key are more queries of it: (rows, K, heads * d) -> (rows, kv_heads, groups * K, d)
+        query = query.view(rows, -1, kv_heads, heads // kv_heads, head_dim).permute(0, 2, 3, 1, 4)
+        shape = query.shape
+        attention = F.scaled_dot_product_attention(
+            query.flatten(2, 3).to(keys.dtype), keys, values, attn_mask=self.mask, scale=layer.self_attn.scaling
+        )
+        attention = attention.view(shape).permute(0, 3, 1, 2, 4).flatten(2)  # (rows, K, heads * d)
+        hidden_states = hidden_states + F.linear(attention, weights.output)
+        gate, up = F.linear(layer.post_attention_layernorm(hidden_states), weights.gate_up).chunk(2, dim=-1)
+        return hidden_states + F.linear(layer.mlp.act_fn(gate) * up, weights.down)
+
+
+def _at(states: Tensor, positions: Tensor) -> Tensor:
+    """Rows of `(rows, N, D)` at `(rows, K)`: `(rows, K, D)`."""
+    return states.gather(1, positions[..., None].expand(-1, -1, states.shape[-1]))

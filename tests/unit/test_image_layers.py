@@ -1,0 +1,122 @@
+"""The language model on image tokens by merged weights, against its own modules."""
+
+import gc
+
+import pytest
+import torch
+from helpers import random_text, seeded, tiny_model
+from peft import LoraConfig, get_peft_model
+
+from mmar.modeling_mmar.image_layers_mmar import ImageWeights, MergedContext, PlainContext, can_merge
+
+
+# float32 sums in another order: states near 10 through three layers.
+ATOL = 5e-5
+
+
+@pytest.fixture
+def model():
+    return tiny_model()
+
+
+def embeds_of(model, rows, seed=0):
+    return torch.randn(rows, model.config.num_latents, model.config.text_config.hidden_size, generator=seeded(seed))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("lengths", [(7, 7, 7), (7, 1, 4)], ids=["no padding", "left padding"])
+def test_merged_context_is_the_plain_one(attn_implementation, lengths):
+    model = tiny_model(attn_implementation=attn_implementation)
+    language_model, num_latents = model.model.language_model, model.config.num_latents
+    mask = torch.stack([torch.arange(7) >= 7 - length for length in lengths]).long()
+    contexts = [kind(language_model, random_text(3, 7), mask, num_latents) for kind in (PlainContext, MergedContext)]
+    positions = torch.stack([torch.randperm(num_latents, generator=seeded(row))[:5] for row in range(3)])
+    for seed in range(2):  # rounds leave nothing behind
+        expected, z = (context.run(embeds_of(model, 3, seed), positions) for context in contexts)
+        assert z.shape == (3, 5, 64)
+        torch.testing.assert_close(z, expected, atol=ATOL, rtol=ATOL)
+    assert expected.std() > 0.1
+
+
+@torch.no_grad()
+def test_a_picture_does_not_depend_on_the_texts_place(model):
+    """RoPE hangs on differences of positions: what turning the text's keys back relies on."""
+    language_model, num_latents = model.model.language_model, model.config.num_latents
+    text, positions = random_text(1, 4), torch.arange(num_latents)[None]
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), text], 1)
+    z = MergedContext(language_model, text, torch.ones(1, 4), num_latents).run(embeds_of(model, 1), positions)
+    mask = (torch.arange(7) >= 3).long()[None]
+    moved = MergedContext(language_model, padded, mask, num_latents).run(embeds_of(model, 1), positions)
+    torch.testing.assert_close(z, moved, atol=ATOL, rtol=ATOL)
+
+
+def test_merged_weights_are_the_sum(model):
+    weights = ImageWeights(model.model.language_model)
+    attention = model.model.language_model.layers[1].self_attn
+
+    def exact(linear):
+        return linear.weight.double() + linear.image_scaling * linear.image_B.double() @ linear.image_A.double()
+
+    expected = torch.cat([exact(linear) for linear in (attention.q_proj, attention.k_proj, attention.v_proj)])
+    torch.testing.assert_close(weights.layers[1].qkv.double(), expected, atol=1e-6, rtol=1e-6)
+    assert (expected[:64] - attention.q_proj.weight).abs().max() > 0.01
+    assert not weights.layers[1].qkv.requires_grad
+
+
+CHANGES = {
+    "an optimizer's step": lambda linear: linear.image_B.add_(0.1),
+    "a write to .data": lambda linear: linear.image_A.data.mul_(1.5),
+    "another tensor": lambda linear: setattr(linear, "weight", torch.nn.Parameter(linear.weight * 2)),
+    "another dtype": lambda linear: linear.to(torch.bfloat16),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_merged_weights_are_kept_until_the_model_changes(model, change):
+    language_model = model.model.language_model
+    kept = ImageWeights.of(language_model)
+    assert ImageWeights.of(language_model) is kept
+    change(language_model.layers[2].mlp.down_proj)
+    assert ImageWeights.of(language_model) is not kept
+
+
+def test_merged_weights_go_with_training_and_with_the_model(model):
+    language_model = model.model.language_model
+    kept = ImageWeights.of(language_model)
+    model.eval()
+    assert ImageWeights.of(language_model) is kept
+    model.train()
+    assert language_model not in ImageWeights._kept
+    own = tiny_model()
+    ImageWeights.of(own.model.language_model)
+    before = len(ImageWeights._kept)
+    del own
+    gc.collect()
+    assert len(ImageWeights._kept) == before - 1
+
+
+def test_what_cannot_be_merged(model):
+    language_model = model.model.language_model
+    assert can_merge(language_model)
+    handle = language_model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: None)
+    assert not can_merge(language_model)
+    handle.remove()
+    assert can_merge(language_model)
+    scaled = tiny_model(text_config={"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}})
+    assert not can_merge(scaled.model.language_model)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=2))
+    assert not can_merge(adapted.get_base_model().model.language_model)
+
+
+@torch.no_grad()
+def test_pictures_are_the_same_with_and_without_merging(model, monkeypatch):
+    arguments = {"guidance_scale": 2.0, "num_ar_steps": 4, "num_inference_steps": 3, "output_type": "latent"}
+    texts = {"input_ids": random_text(2, 6), "negative_input_ids": random_text(2, 3)}
+    merged = model.generate_images(**texts, **arguments, generator=seeded(0))
+    monkeypatch.setattr(MergedContext, "run", None)
+    plain = model.generate_images(**texts, **arguments, generator=seeded(0), merge_image_weights=False)
+    # Four rounds that feed each other.
+    torch.testing.assert_close(merged, plain, atol=2e-4, rtol=2e-4)
+    assert plain.std() > 0.1
