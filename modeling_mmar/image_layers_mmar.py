@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.models.qwen2.modeling_qwen2 import rotate_half
 
 from .masking_mmar import shared_position_ids
+from .packed_linear_mmar import PackedLinear
 from .plora_mmar import MMARQwen2DecoderLayer, MMARQwen2Model, PLoRALinear
 
 
@@ -26,13 +27,14 @@ NUM_PROBED_ELEMENTS = 64
 
 @dataclass
 class _ImageLayer:
-    """The weights of one layer as image tokens see them: merged, and those of one input beside each other."""
+    """The linears of one layer as image tokens see them: merged, and those of one input in one."""
 
-    qkv: Tensor
-    qkv_bias: Tensor | None
-    output: Tensor
-    gate_up: Tensor
-    down: Tensor
+    # The last layer's alone, whose queries are wanted of fewer tokens than its keys; else `key_value` is all three.
+    query: PackedLinear | None
+    key_value: PackedLinear
+    output: PackedLinear
+    gate_up: PackedLinear
+    down: PackedLinear
 
 
 class ImageWeights:
@@ -41,23 +43,25 @@ class ImageWeights:
 
     Args:
         language_model (`MMARQwen2Model`): One that `can_merge`.
+        num_rows (`int`): Image tokens of a call, at least.
     """
 
     _kept: "weakref.WeakKeyDictionary[MMARQwen2Model, ImageWeights]" = weakref.WeakKeyDictionary()
 
-    def __init__(self, language_model: MMARQwen2Model):
-        self.layers = [_merged_layer(layer) for layer in language_model.layers]
+    def __init__(self, language_model: MMARQwen2Model, num_rows: int):
+        last = language_model.layers[-1]
+        self.layers = [_merged_layer(layer, num_rows, layer is last) for layer in language_model.layers]
         self._state, self._probe = _state_of(language_model), _probe(language_model)
 
     @classmethod
-    def of(cls, language_model: MMARQwen2Model) -> "ImageWeights":
+    def of(cls, language_model: MMARQwen2Model, num_rows: int) -> "ImageWeights":
         """The merged weights of a model: those of the last call, if the model's weights are still the same."""
         kept = cls._kept.get(language_model)
         if kept is None or not kept._is_current(language_model):
             # The old ones first: two copies might not fit.
             cls._kept.pop(language_model, None)
             del kept
-            kept = cls._kept[language_model] = cls(language_model)
+            kept = cls._kept[language_model] = cls(language_model, num_rows)
         return kept
 
     @classmethod
@@ -146,16 +150,23 @@ def _merged(linear: PLoRALinear) -> Tensor:
     return merged.to(linear.weight.dtype)
 
 
-def _merged_layer(layer: MMARQwen2DecoderLayer) -> _ImageLayer:
+def _joined(num_rows: int, *linears: PLoRALinear) -> PackedLinear:
+    """Linears of one input as one, merged."""
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    weight, bias = torch.cat([_merged(linear) for linear in linears]), torch.cat(biases) if biases else None
+    return PackedLinear(weight, bias, num_rows=num_rows)
+
+
+@torch.no_grad()
+def _merged_layer(layer: MMARQwen2DecoderLayer, num_rows: int, is_last: bool) -> _ImageLayer:
     attention, mlp = layer.self_attn, layer.mlp
-    qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
-    biases = [linear.bias for linear in qkv]
+    of_keys = (attention.k_proj, attention.v_proj)
     return _ImageLayer(
-        qkv=torch.cat([_merged(linear) for linear in qkv]),
-        qkv_bias=None if biases[0] is None else torch.cat(biases).detach(),
-        output=_merged(attention.o_proj),
-        gate_up=torch.cat([_merged(mlp.gate_proj), _merged(mlp.up_proj)]),
-        down=_merged(mlp.down_proj),
+        query=_joined(num_rows, attention.q_proj) if is_last else None,
+        key_value=_joined(num_rows, *(of_keys if is_last else (attention.q_proj, *of_keys))),
+        output=_joined(num_rows, attention.o_proj),
+        gate_up=_joined(num_rows, mlp.gate_proj, mlp.up_proj),
+        down=_joined(num_rows, mlp.down_proj),
     )
 
 
@@ -220,7 +231,7 @@ class MergedContext(PlainContext):
 
     def __init__(self, language_model: Any, input_ids: Tensor, attention_mask: Tensor, num_latents: int):
         super().__init__(language_model, input_ids, attention_mask, num_latents)
-        self.weights = ImageWeights.of(language_model)
+        self.weights = ImageWeights.of(language_model, num_rows=num_latents)
         self.num_text = input_ids.shape[1]
         # Without padding there is nothing to hide, and attention is faster without a mask.
         self.mask = None if bool(attention_mask.all()) else self.visible
@@ -237,11 +248,9 @@ class MergedContext(PlainContext):
 
     def run(self, embeds: Tensor, positions: Tensor) -> Tensor:
         hidden_states = embeds
-        last = len(self.weights.layers) - 1
-        for index, (layer, weights) in enumerate(zip(self.language_model.layers, self.weights.layers, strict=True)):
-            hidden_states = self._layer(
-                layer, weights, *self.states[index], hidden_states, positions if index == last else None
-            )
+        layers = zip(self.language_model.layers, self.weights.layers, self.states, strict=True)
+        for layer, weights, (keys, values) in layers:
+            hidden_states = self._layer(layer, weights, keys, values, hidden_states, positions)
         return self.language_model.norm(hidden_states)
 
     def _layer(
@@ -251,22 +260,20 @@ class MergedContext(PlainContext):
         keys: Tensor,
         values: Tensor,
         hidden_states: Tensor,
-        positions: Tensor | None,
+        positions: Tensor,
     ) -> Tensor:
-        """A layer for all tokens, or for those at `positions` alone; all of them are attended to."""
+        """A layer for all tokens, or, the last one, for those at `positions`; all tokens are attended to."""
         config = self.language_model.config
         heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, layer.self_attn.head_dim
         rows = len(hidden_states)
         sizes = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
         inputs = layer.input_layernorm(hidden_states)
-        if positions is None:
-            query, key, value = F.linear(inputs, weights.qkv, weights.qkv_bias).split(sizes, dim=-1)
+        if weights.query is None:
+            query, key, value = weights.key_value(inputs).split(sizes, dim=-1)
         else:
-            wanted, others = weights.qkv.split([sizes[0], sum(sizes[1:])])
-            biases = (None, None) if weights.qkv_bias is None else weights.qkv_bias.split([sizes[0], sum(sizes[1:])])
             hidden_states = _at(hidden_states, positions)
-            query = F.linear(_at(inputs, positions), wanted, biases[0])
-            key, value = F.linear(inputs, others, biases[1]).split(sizes[1:], dim=-1)
+            query = weights.query(_at(inputs, positions))
+            key, value = weights.key_value(inputs).split(sizes[1:], dim=-1)
         for states, part in ((keys, key), (values, value)):
             # (rows, N, kv_heads * head_dim) -> (rows, kv_heads, N, head_dim)
             states[:, :, self.num_text :] = part.unflatten(-1, (kv_heads, head_dim)).transpose(1, 2)
@@ -277,9 +284,9 @@ class MergedContext(PlainContext):
             query.flatten(2, 3).to(keys.dtype), keys, values, attn_mask=self.mask, scale=layer.self_attn.scaling
         )
         attention = attention.view(shape).permute(0, 3, 1, 2, 4).flatten(2)  # (rows, K, heads * d)
-        hidden_states = hidden_states + F.linear(attention, weights.output)
-        gate, up = F.linear(layer.post_attention_layernorm(hidden_states), weights.gate_up).chunk(2, dim=-1)
-        return hidden_states + F.linear(layer.mlp.act_fn(gate) * up, weights.down)
+        hidden_states = hidden_states + weights.output(attention)
+        gate, up = weights.gate_up(layer.post_attention_layernorm(hidden_states)).chunk(2, dim=-1)
+        return hidden_states + weights.down(layer.mlp.act_fn(gate) * up)
 
 
 def _at(states: Tensor, positions: Tensor) -> Tensor:

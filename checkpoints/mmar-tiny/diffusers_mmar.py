@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .image_processing_mmar import *  # noqa: F403
     from .masking_mmar import *  # noqa: F403
     from .modeling_mmar import *  # noqa: F403
+    from .packed_linear_mmar import *  # noqa: F403
     from .parameterization_mmar import *  # noqa: F403
     from .pipeline_mmar import *  # noqa: F403
     from .plora_mmar import *  # noqa: F403

@@ -16,6 +16,7 @@ from .denoising_mmar import Denoiser
 from .diffusion_mmar import cosine_alphas_cumprod
 from .image_layers_mmar import ImageWeights, MergedContext, PlainContext, can_merge
 from .masking_mmar import sample_orders, tokens_per_step
+from .packed_linear_mmar import packed_linears
 
 
 MAX_SEED = 2**63 - 1
@@ -205,30 +206,36 @@ class MMARImageGenerationMixin:
         orders = orders.gather(1, visible.long().argsort(dim=1, stable=True))[:, :num_hidden]  # (B, num_hidden)
 
         start, embeds_dtype = 0, language_model.embed_tokens.weight.dtype
-        for step, count in enumerate(counts):
-            positions = orders[:, start : start + count]  # (B, count)
-            start += count
-            # 3. z of the next positions, given the text and the tokens so far.
-            num_known = num_latents - num_hidden + start - count
-            embeds = self.model.latent_encoder(tokens, hidden, num_known).to(embeds_dtype)
-            rows = 2 if guided else 1
-            z = context.run(embeds.repeat(rows, 1, 1), positions.repeat(rows, 1)).flatten(0, 1)  # (rows * count, D)
-            # 4. The tokens, by diffusion.
-            scale = guidance_scale
-            if guidance_schedule == "linear":
-                scale = 1 + (guidance_scale - 1) * start / num_hidden
-            denoiser = denoisers[steps_of_rounds[step]]
-            scales = _scales_of_steps(scale, guidance_interval, denoiser.num_steps) if guided else None
-            drawn = denoiser(z, scales, generators)
-            drawn = drawn.view(batch, count, channels)
-            tokens = tokens.scatter(1, positions[..., None].expand_as(drawn), drawn)
-            hidden = hidden.scatter(1, positions, False)
-            if callback is not None:
-                partial = self._as_latents(tokens)
-                changed = _checked_changes(callback(step, num_ar_steps, partial, hidden.clone()), partial)
-                tokens = changed["latents"].to(tokens).flatten(2).transpose(1, 2)
-                if changed["interrupt"]:
-                    break
+        # About so many rows pass the head and, half of the latents known, EmbeddingViT at once.
+        branches = 2 if guided else 1
+        head_rows, vit_rows = branches * batch * num_hidden // num_ar_steps, batch * num_latents // 2
+        packed_head = packed_linears(self.diffusion_mlp, head_rows)
+        packed_encoder = packed_linears(self.model.latent_encoder, vit_rows)
+        with packed_head, packed_encoder:
+            for step, count in enumerate(counts):
+                positions = orders[:, start : start + count]  # (B, count)
+                start += count
+                # 3. z of the next positions, given the text and the tokens so far.
+                num_known = num_latents - num_hidden + start - count
+                embeds = self.model.latent_encoder(tokens, hidden, num_known).to(embeds_dtype)
+                z = context.run(embeds.repeat(branches, 1, 1), positions.repeat(branches, 1))
+                z = z.flatten(0, 1)  # (branches * B * count, D)
+                # 4. The tokens, by diffusion.
+                scale = guidance_scale
+                if guidance_schedule == "linear":
+                    scale = 1 + (guidance_scale - 1) * start / num_hidden
+                denoiser = denoisers[steps_of_rounds[step]]
+                scales = _scales_of_steps(scale, guidance_interval, denoiser.num_steps) if guided else None
+                drawn = denoiser(z, scales, generators)
+                drawn = drawn.view(batch, count, channels)
+                tokens = tokens.scatter(1, positions[..., None].expand_as(drawn), drawn)
+                hidden = hidden.scatter(1, positions, False)
+                if callback is not None:
+                    partial = self._as_latents(tokens)
+                    changed = _checked_changes(callback(step, num_ar_steps, partial, hidden.clone()), partial)
+                    tokens = changed["latents"].to(tokens).flatten(2).transpose(1, 2)
+                    if changed["interrupt"]:
+                        break
 
         if hasattr(self, "_hf_hook"):
             # The model is offloaded as a whole, and the copy would stay.

@@ -32,6 +32,7 @@ REMOTE_MODULES = {
         "image_layers_mmar",
         "masking_mmar",
         "modeling_mmar",
+        "packed_linear_mmar",
         "parameterization_mmar",
         "plora_mmar",
         "prefix_mmar",

@@ -7,6 +7,7 @@ import torch
 from helpers import random_text, seeded, tiny_model
 from peft import LoraConfig, get_peft_model
 
+from mmar.modeling_mmar import packed_linear_mmar
 from mmar.modeling_mmar.image_layers_mmar import ImageWeights, MergedContext, PlainContext, can_merge
 
 
@@ -24,9 +25,11 @@ def embeds_of(model, rows, seed=0):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("is_packed", [True, False], ids=["packed", "not packed"])
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("lengths", [(7, 7, 7), (7, 1, 4)], ids=["no padding", "left padding"])
-def test_merged_context_is_the_plain_one(attn_implementation, lengths):
+def test_merged_context_is_the_plain_one(attn_implementation, lengths, is_packed, monkeypatch):
+    monkeypatch.setattr(packed_linear_mmar, "MIN_MULTIPLY_ADDS", 0 if is_packed else 2**40)
     model = tiny_model(attn_implementation=attn_implementation)
     language_model, num_latents = model.model.language_model, model.config.num_latents
     mask = torch.stack([torch.arange(7) >= 7 - length for length in lengths]).long()
@@ -52,16 +55,19 @@ def test_a_picture_does_not_depend_on_the_texts_place(model):
 
 
 def test_merged_weights_are_the_sum(model):
-    weights = ImageWeights(model.model.language_model)
+    weights = ImageWeights(model.model.language_model, 16)
     attention = model.model.language_model.layers[1].self_attn
 
     def exact(linear):
         return linear.weight.double() + linear.image_scaling * linear.image_B.double() @ linear.image_A.double()
 
-    expected = torch.cat([exact(linear) for linear in (attention.q_proj, attention.k_proj, attention.v_proj)])
-    torch.testing.assert_close(weights.layers[1].qkv.double(), expected, atol=1e-6, rtol=1e-6)
-    assert (expected[:64] - attention.q_proj.weight).abs().max() > 0.01
-    assert not weights.layers[1].qkv.requires_grad
+    linears = (attention.q_proj, attention.k_proj, attention.v_proj)
+    expected = torch.cat([exact(linear) for linear in linears]), torch.cat([linear.bias for linear in linears])
+    # Of unit vectors: the columns of W, and b.
+    output = weights.layers[1].key_value(torch.eye(64))
+    torch.testing.assert_close(output.double(), expected[0].T + expected[1], atol=1e-6, rtol=1e-6)
+    assert (expected[0][:64] - attention.q_proj.weight).abs().max() > 0.01
+    assert not output.requires_grad
 
 
 CHANGES = {
@@ -76,21 +82,21 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_merged_weights_are_kept_until_the_model_changes(model, change):
     language_model = model.model.language_model
-    kept = ImageWeights.of(language_model)
-    assert ImageWeights.of(language_model) is kept
+    kept = ImageWeights.of(language_model, 16)
+    assert ImageWeights.of(language_model, 16) is kept
     change(language_model.layers[2].mlp.down_proj)
-    assert ImageWeights.of(language_model) is not kept
+    assert ImageWeights.of(language_model, 16) is not kept
 
 
 def test_merged_weights_go_with_training_and_with_the_model(model):
     language_model = model.model.language_model
-    kept = ImageWeights.of(language_model)
+    kept = ImageWeights.of(language_model, 16)
     model.eval()
-    assert ImageWeights.of(language_model) is kept
+    assert ImageWeights.of(language_model, 16) is kept
     model.train()
     assert language_model not in ImageWeights._kept
     own = tiny_model()
-    ImageWeights.of(own.model.language_model)
+    ImageWeights.of(own.model.language_model, 16)
     before = len(ImageWeights._kept)
     del own
     gc.collect()

@@ -1,0 +1,91 @@
+"""
+Linears on a CPU by oneDNN, with weights in the order that it reads them in.
+
+torch gives float32 products to MKL, which reads weights as they lie, and on processors of other makers takes twice as
+long or more (benchmarks/generation.py); bfloat16 products it gives to oneDNN, which puts the weights in order anew in
+each call. In generation weights stay, so that they are put in order once.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+# Least multiply-adds of a call, and least rows, that pay for the operator's 15 microseconds.
+MIN_MULTIPLY_ADDS, MIN_ROWS = 2**20, 2
+# Largest difference that is rounding, in a product of a few numbers near 1.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-1}
+
+
+class PackedLinear:
+    r"""
+    `x W^T + b` for weights that stay, without gradients: packed for oneDNN where that pays, else as they are.
+
+    Args:
+        weight (`torch.FloatTensor` of shape `(out, in)`): W.
+        bias (`torch.FloatTensor` of shape `(out,)`, *optional*): b.
+        num_rows (`int`): Of x, about.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, num_rows: int):
+        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
+        self.is_packed = pays(weight, num_rows)
+        if self.is_packed:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), num_rows)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Inputs `(..., in)` to `(..., out)`."""
+        if not self.is_packed:
+            return F.linear(inputs, self.weight, self.bias)
+        rows = inputs.reshape(-1, inputs.shape[-1]).to(self.weight.dtype)
+        if len(rows) == 0:
+            return inputs.new_empty(*inputs.shape[:-1], self.weight.shape[0])
+        output = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], "")
+        return output.view(*inputs.shape[:-1], -1)
+
+
+@cache
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this torch and processor have oneDNN's packed linears for a dtype, which are not public, and right."""
+    if dtype not in TOLERANCE or not torch.backends.mkldnn.is_available():
+        return False
+    num_rows = 3
+    weight = torch.linspace(-1, 1, 32 * 16).view(32, 16).to(dtype)
+    inputs = torch.linspace(-1, 1, num_rows * 16).view(num_rows, 16).to(dtype)
+    bias = torch.linspace(0, 1, 32).to(dtype)
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, num_rows)
+        output = torch.ops.mkldnn._linear_pointwise(inputs, packed, bias, "none", [], "")
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
+    expected = F.linear(inputs.double(), weight.double(), bias.double())
+    return output.dtype == dtype and bool((output - expected).abs().max() < TOLERANCE[dtype])
+
+
+def pays(weight: Tensor, num_rows: int) -> bool:
+    """Whether a weight can be packed, and packed products of so many rows are faster."""
+    is_large = num_rows >= MIN_ROWS and num_rows * weight.numel() >= MIN_MULTIPLY_ADDS
+    return is_large and weight.device.type == "cpu" and can_pack(weight.dtype)
+
+
+@contextlib.contextmanager
+def packed_linears(module: nn.Module, num_rows: int) -> Iterator[None]:
+    """Within, a module's linears run packed where that pays; those with hooks of accelerate stay as they are."""
+    packed = []
+    try:
+        for linear in module.modules():
+            is_plain = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
+            if not is_plain or "forward" in vars(linear) or type(linear.weight) is not nn.Parameter:
+                continue
+            if pays(linear.weight, num_rows) and not torch.is_autocast_enabled("cpu"):
+                linear.forward = PackedLinear(linear.weight, linear.bias, num_rows=num_rows)
+                packed.append(linear)
+        yield
+    finally:
+        for linear in packed:
+            # Another thread may have been faster.
+            vars(linear).pop("forward", None)
