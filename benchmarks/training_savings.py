@@ -8,18 +8,13 @@ backward pass, medians of runs in turn; that the gradients are the same says tes
 """
 
 import argparse
-import platform
-import statistics
-import subprocess
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
 import torch
-import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -34,6 +29,7 @@ from ..modeling_mmar.masking_mmar import image_block_ids, shared_position_ids
 from ..modeling_mmar.modeling_mmar import MMARAutoencoderKL
 from ..modeling_mmar.plora_mmar import MMARQwen2Model, PLoRALinear
 from ..modeling_mmar.prefix_mmar import MIN_PREFIX_SHARE
+from .timing import commit, medians, processor, versions
 
 
 SEED = 0
@@ -67,20 +63,6 @@ class Result:
     sizes: str
     seconds: tuple[float, float]
     kept: tuple[int, int]
-
-
-def cpu_seconds(run: Callable[[], object]) -> float:
-    start = time.process_time()
-    run()
-    return time.process_time() - start
-
-
-def medians(runs: list[Callable[[], object]], num_runs: int) -> list[float]:
-    """CPU seconds of each of `runs`, which take turns; each is run once before."""
-    for run in runs:
-        run()
-    times = [[cpu_seconds(run) for run in runs] for _ in range(num_runs)]
-    return [statistics.median(column) for column in zip(*times, strict=True)]
 
 
 def kept_bytes(loss: Callable[[], Tensor], modules: tuple[nn.Module, ...]) -> int:
@@ -448,8 +430,8 @@ def report(results: list[Result], times: PictureTimes, num_runs: int) -> str:
     )
     return f"""# Training: what is left out, and what that saves
 
-{date.today().isoformat()}, commit {_commit()}, {_processor()}, one thread, float32; torch {torch.__version__},
-transformers {transformers.__version__}. Written by `python -m mmar.benchmarks.training_savings`: widths of MMAR-0.5B
+{date.today().isoformat()}, commit {commit()}, {processor()}, one thread, float32; {versions()}.
+Written by `python -m mmar.benchmarks.training_savings`: widths of MMAR-0.5B
 (PLoRA r 512) with random weights, CPU time of forward and backward pass, medians of {num_runs} runs in turn. Not
 measured on a GPU. "Kept for backward" leaves out weights; with gradient checkpointing it is what lies between layers.
 
@@ -490,25 +472,6 @@ relative error of {errors[0]:.2%} computed beside the base, and of {errors[1]:.0
 layers are also kept from the forward to the backward pass, as much memory as the backbone takes, and a quantized
 backbone has no W to add to. It is for generation, where all running tokens are of images and nothing is trained.
 """
-
-
-def _commit() -> str:
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit.stdout.strip() + (" with changes" if changed.stdout.strip() else "")
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def main() -> None:

@@ -1,0 +1,100 @@
+"""The benchmark of generation compares the same computations, at a size that a test can run."""
+
+import pytest
+import torch
+from helpers import tiny_config
+
+from mmar.benchmarks import generation
+from mmar.benchmarks.timing import Ratio, take_turns
+
+
+# Three rounds of a few products; float32 sums in another order, states near 10.
+ATOL = 1e-4
+# Three diffusion steps with guidance 3 multiply what roundings there are.
+TOKEN_ATOL = 5e-4
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(generation, "NUM_STEPS", 3)
+    monkeypatch.setattr(generation, "NUM_NEW_TOKENS", 4)
+
+
+@pytest.fixture
+def model():
+    # 16 channels, of which one draw is a group of torch's generator, as of the paper's.
+    config = tiny_config(vae_config={"latent_channels": 16})
+    return generation.random_model(config, llm=2, vit=1, head=2)
+
+
+def outputs(pair):
+    with torch.no_grad():
+        return pair.plain(), pair.fast()
+
+
+def test_autoregressive_step(model):
+    plain, fast = outputs(generation.autoregressive_step(model))
+    torch.testing.assert_close(fast, plain, atol=ATOL, rtol=ATOL)
+    assert plain.std() > 0.1
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4])
+def test_denoise_steps(model, num_tokens):
+    for pair in generation.denoise_steps(model, num_tokens):
+        plain, fast = outputs(pair)
+        torch.testing.assert_close(fast, plain, atol=TOKEN_ATOL, rtol=TOKEN_ATOL)
+        assert plain.shape == (num_tokens, 16) and plain.std() > 0.1
+
+
+def test_whole_picture(model):
+    plain, fast = outputs(generation.whole_picture(model))
+    torch.testing.assert_close(fast, plain, atol=1e-2, rtol=1e-2)
+    assert plain.shape == (16, 16) and plain.std() > 0.1
+
+
+def test_merged_against_masked(model):
+    plain, fast = outputs(generation.merged_against_masked(model))
+    torch.testing.assert_close(fast, plain, atol=ATOL, rtol=ATOL)
+
+
+def test_text_decode(model):
+    plain, fast = outputs(generation.text_decode(model))
+    assert torch.equal(plain, fast) and plain.shape == (1, generation.NUM_TEXT + 4)
+
+
+def test_report(model):
+    pair = generation.denoise_steps(model, 1)[0]
+    result = generation.measure(pair, num_runs=3)
+    line = generation.row(result)
+    assert line.startswith("| denoise step, 1 token | plain protocol |") and line.endswith(" | 1.9 |")
+    page = generation.report([line], 3)
+    assert line in page and "medians of 3 runs" in page
+
+
+def test_every_row_of_the_bar_is_measured(monkeypatch):
+    """The figures that the project set itself, and nothing is left out by a change of the list."""
+    made = []
+    monkeypatch.setattr(generation, "random_model", lambda *args, **kwargs: None)
+    for name in ("autoregressive_step", "denoise_steps", "whole_picture", "merged_against_masked", "text_decode"):
+        monkeypatch.setattr(generation, name, lambda *args, name=name: made.append((name, *args[1:])) or [])
+    for make in generation.pairs(tiny_config()):
+        make()
+    assert made == [
+        ("autoregressive_step",),
+        ("denoise_steps", 1),
+        ("denoise_steps", 4),
+        ("denoise_steps", 16),
+        ("whole_picture",),
+        ("merged_against_masked",),
+        ("text_decode",),
+    ]
+
+
+def test_ratios_of_turns():
+    ratio = Ratio.of([4.0, 2.0, 9.0, 8.0], [2.0, 2.0, 3.0, 2.0])
+    assert ratio.median == 2.5 and ratio.low < 2.5 < ratio.high
+    assert str(Ratio.of([3.0], [2.0])) == "1.50 (1.50 to 1.50)"
+    calls = []
+    times = take_turns([lambda: calls.append("a"), lambda: calls.append("b")], 2)
+    # Once to warm up, then in turn.
+    assert calls == ["a", "b"] * 3 and [len(own) for own in times] == [2, 2]
