@@ -29,6 +29,7 @@ REMOTE_MODULES = {
         "embedding_vit_mmar",
         "frozen_parts_mmar",
         "generation_mmar",
+        "graphs_mmar",
         "image_layers_mmar",
         "masking_mmar",
         "modeling_mmar",

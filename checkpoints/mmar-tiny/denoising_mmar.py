@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .diffusion_mmar import MMARDiffusionMLP
+from .graphs_mmar import GraphedFunction
 
 
 # Modulations are computed for so many steps at a time that they hold at most this many elements.
@@ -126,15 +127,20 @@ class PreparedHead:
             scale.add_(1)
 
 
-def step_noise(
-    generator: torch.Generator, num_steps: int, num_tokens: int, channels: int, device: torch.device
-) -> Tensor:
+def to_device(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor on the device of another; from the host to an accelerator without waiting for it."""
+    if tensor.device.type == "cpu" and like.is_cuda:
+        return tensor.pin_memory().to(like.device, non_blocking=True)
+    return tensor.to(like.device)
+
+
+def step_noise(generator: torch.Generator, num_steps: int, num_tokens: int, channels: int) -> Tensor:
     """Normals `(num_steps, num_tokens, channels)`: what as many draws of `(1, channels)` would give, in that order."""
     shape = (num_steps, num_tokens, channels)
     if generator.device.type == "cpu" and channels % CPU_NORMAL_GROUP == 0:
-        return torch.randn(shape, generator=generator).to(device)
+        return torch.randn(shape, generator=generator)
     draws = [torch.randn(channels, generator=generator, device=generator.device) for _ in range(shape[0] * shape[1])]
-    return torch.stack(draws).view(shape).to(device) if draws else torch.zeros(shape, device=device)
+    return torch.stack(draws).view(shape) if draws else torch.zeros(shape, device=generator.device)
 
 
 class Denoiser:
@@ -160,6 +166,7 @@ class Denoiser:
             module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
             for module in head.modules()
         )
+        self._walk_at_once = GraphedFunction(self._walk)
         self._time_embeddings = None if self._is_hooked else head.timestep_embedding(self._timesteps)
 
     @property
@@ -180,39 +187,48 @@ class Denoiser:
             `torch.FloatTensor` of shape `(M, C)`, float32.
         """
         count = len(z) // ((1 if guidance_scales is None else 2) * len(generators))
-        shape = (count, self._head.input_projection.in_features)
-        start = [torch.randn(shape, generator=own, device=own.device).to(self._device) for own in generators]
+        channels = self._head.input_projection.in_features
+        start = [to_device(torch.randn(count, channels, generator=own, device=own.device), z) for own in generators]
         # float32 state: the network's output is cast before each update (Sec. 3.3.4).
         noisy_latents = torch.cat(start) * self._scheduler.init_noise_sigma
+        scales = [1.0] * self.num_steps if guidance_scales is None else guidance_scales
+        # What is launched hangs on where guidance is active; how strong it is, is data.
+        is_guided = tuple(scale != 1 for scale in scales)
+        scales = to_device(torch.tensor(scales), z)
+        if self._steps is None:
+            per_token = [own for own in generators for _ in range(count)]
+            return self._ask_scheduler(is_guided, z, noisy_latents, scales, per_token)
+        num_draws = sum(std != 0 for std in self._steps.noise_std)
+        # (draws, M, C)
+        noise = torch.cat([to_device(step_noise(own, num_draws, count, channels), z) for own in generators], dim=1)
+        if self._is_hooked:
+            return self._walk(is_guided, z, noisy_latents, scales, noise)
+        return self._walk_at_once(is_guided, z, noisy_latents, scales, noise)
+
+    def _predictor(self, is_guided: tuple[bool, ...], z: Tensor, scales: Tensor) -> Callable[[int, Tensor], Tensor]:
+        """What predicts `(M, C)` from a step's number and noisy latents `(M, C)`, guided where it is to be."""
         if self._is_hooked:
             head = functools.partial(self._plain_head, z)
         else:
             head = PreparedHead(self._head, self._time_embeddings, z)
-        scales = [1.0] * self.num_steps if guidance_scales is None else guidance_scales
 
         def predict(step: int, noisy_latents: Tensor) -> Tensor:
-            if scales[step] == 1:
+            if not is_guided[step]:
                 return head(step, noisy_latents)
             conditional, unconditional = head(step, noisy_latents.repeat(2, 1)).chunk(2)
             return torch.lerp(unconditional, conditional, scales[step])
 
-        if self._steps is None:
-            return self._ask_scheduler(noisy_latents, predict, [own for own in generators for _ in range(count)])
-        return self._walk(noisy_latents, predict, generators)
+        return predict
 
     def _plain_head(self, z: Tensor, step: int, noisy_latents: Tensor) -> Tensor:
         number = len(noisy_latents)
         return self._head(noisy_latents, self._timesteps[step].expand(number), z[:number])
 
     def _walk(
-        self, noisy_latents: Tensor, predict: Callable[[int, Tensor], Tensor], generators: list[torch.Generator]
+        self, is_guided: tuple[bool, ...], z: Tensor, noisy_latents: Tensor, scales: Tensor, noise: Tensor
     ) -> Tensor:
-        count, channels = len(noisy_latents) // len(generators), noisy_latents.shape[1]
-        steps = self._steps
-        num_draws = sum(std != 0 for std in steps.noise_std)
-        # (draws, M, C)
-        noise = torch.cat([step_noise(own, num_draws, count, channels, self._device) for own in generators], dim=1)
-        fresh = iter(noise.unbind())
+        """Linear steps, with their fresh noise `(draws, M, C)`."""
+        predict, fresh, steps = self._predictor(is_guided, z, scales), iter(noise.unbind()), self._steps
         for step, (keep, take, std) in enumerate(zip(steps.keep, steps.take, steps.noise_std, strict=True)):
             noisy_latents = (noisy_latents * keep).add_(predict(step, noisy_latents), alpha=take)
             if std != 0:
@@ -220,12 +236,18 @@ class Denoiser:
         return noisy_latents
 
     def _ask_scheduler(
-        self, noisy_latents: Tensor, predict: Callable[[int, Tensor], Tensor], per_token: list[torch.Generator]
+        self,
+        is_guided: tuple[bool, ...],
+        z: Tensor,
+        noisy_latents: Tensor,
+        scales: Tensor,
+        per_token: list[torch.Generator],
     ) -> Tensor:
         # Forgets the steps before.
         self._set_timesteps()
         takes_generator = "generator" in inspect.signature(self._scheduler.step).parameters
         step_kwargs = {"generator": per_token} if takes_generator else {}
+        predict = self._predictor(is_guided, z, scales)
         for step, timestep in enumerate(self._timesteps):
             scaled = self._scheduler.scale_model_input(noisy_latents, timestep)
             prediction = predict(step, scaled)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .embedding_vit_mmar import *  # noqa: F403
     from .frozen_parts_mmar import *  # noqa: F403
     from .generation_mmar import *  # noqa: F403
+    from .graphs_mmar import *  # noqa: F403
     from .hub_mmar import *  # noqa: F403
     from .image_layers_mmar import *  # noqa: F403
     from .image_processing_mmar import *  # noqa: F403

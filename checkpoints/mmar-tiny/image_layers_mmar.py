@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache
 from transformers.models.qwen2.modeling_qwen2 import rotate_half
 
+from .graphs_mmar import GraphedFunction
 from .masking_mmar import shared_position_ids
 from .packed_linear_mmar import PackedLinear
 from .plora_mmar import MMARQwen2DecoderLayer, MMARQwen2Model, PLoRALinear
@@ -245,8 +246,12 @@ class MergedContext(PlainContext):
             # The places of the picture's tokens are written in each round.
             self.states.append([F.pad(part, (0, 0, 0, num_latents)) for part in (turned, values)])
         self.cache = None
+        self._run_at_once = GraphedFunction(self._run)
 
     def run(self, embeds: Tensor, positions: Tensor) -> Tensor:
+        return self._run_at_once(None, embeds, positions)
+
+    def _run(self, _: None, embeds: Tensor, positions: Tensor) -> Tensor:
         hidden_states = embeds
         layers = zip(self.language_model.layers, self.weights.layers, self.states, strict=True)
         for layer, weights, (keys, values) in layers:

@@ -80,9 +80,9 @@ def test_steps_with_memory_or_unknown_ones_are_not_read_off():
 def test_step_noise_is_that_of_single_draws(channels):
     generator = seeded(3)
     expected = [torch.randn(1, channels, generator=generator) for _ in range(6)]
-    noise = step_noise(seeded(3), 2, 3, channels, torch.device("cpu"))
+    noise = step_noise(seeded(3), 2, 3, channels)
     assert torch.equal(noise, torch.cat(expected).view(2, 3, channels))
-    assert step_noise(seeded(3), 0, 3, channels, torch.device("cpu")).shape == (0, 3, channels)
+    assert step_noise(seeded(3), 0, 3, channels).shape == (0, 3, channels)
 
 
 @torch.no_grad()
