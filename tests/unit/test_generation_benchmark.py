@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import tiny_config
 
-from mmar.benchmarks import generation
+from mmar.benchmarks import generation, gpu
 from mmar.benchmarks.timing import Ratio, take_turns
 
 
@@ -98,3 +98,20 @@ def test_ratios_of_turns():
     times = take_turns([lambda: calls.append("a"), lambda: calls.append("b")], 2)
     # Once to warm up, then in turn.
     assert calls == ["a", "b"] * 3 and [len(own) for own in times] == [2, 2]
+
+
+@torch.no_grad()
+def test_the_gpus_benchmark_runs(model):
+    """On a CPU, where it measures what there is: stages of the plain way and of ours, sums, presets."""
+    lines = list(gpu.measure(model, "tiny", [1, 2], gpu.CARDS["H100"]))
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert all(len(row) == gpu.HEAD.splitlines()[0].count("|") - 1 for row in cells)
+    stages = ["language model", "EmbeddingViT", "denoise loop, 100 steps", "16 x 100, sum of rounds"]
+    presets = {"paper": 16, "balanced": 4, "fast": 2}
+    drawn = [f"preset {name}, {rounds} rounds, with VAE" for name, rounds in presets.items()]
+    expected = [("plain", what) for what in stages] + [("MMAR", what) for what in stages + drawn]
+    assert [(row[2], row[3]) for row in cells] == expected * 2
+    assert [row[1] for row in cells] == ["1"] * 11 + ["2"] * 11
+    assert all(float(row[4].split()[0]) >= 0 for row in cells)
+    page = gpu.report(lines, "a card")
+    assert lines[-1] in page and "a card, bfloat16" in page
