@@ -15,7 +15,8 @@ from diffusers import (
     EulerDiscreteScheduler,
 )
 from helpers import IMAGE, image_marks, random_latents, random_text, seeded, tiny_model
-from transformers import TextIteratorStreamer, TextStreamer
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, TextIteratorStreamer, TextStreamer
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from mmar.modeling_mmar.denoising_mmar import PreparedHead
@@ -113,6 +114,20 @@ def test_batch_of_different_lengths(model, mixed, settings):
     expected = torch.cat([new_tokens(model, row, **GREEDY) for row in alone])
     assert torch.equal(output, expected)
     assert torch.equal(expected, torch.cat([greedy_by_hand(model, row) for row in alone]))
+
+
+def test_decoding_compiles_into_one_graph(mixed):
+    """With a static cache, as transformers does by itself on a GPU: no graph break, nothing compiled twice."""
+    model = tiny_model()
+    settings = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    settings._compile_all_devices = True
+    expected = model.generate(**mixed[0], **GREEDY)
+    torch.compiler.reset()
+    counters.clear()
+    compiled = model.generate(**mixed[0], **GREEDY, cache_implementation="static", compile_config=settings)
+    assert torch.equal(compiled, expected)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    torch.compiler.reset()
 
 
 def test_beams_with_pictures(model, mixed):
