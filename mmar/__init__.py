@@ -61,17 +61,25 @@ def _register() -> None:
     )
     from transformers.pipelines import PIPELINE_REGISTRY
 
+    from .ablations.modeling_transfusion_mmar import MMARTransfusionConfig, MMARTransfusionForConditionalGeneration
+    from .ablations.modeling_vq_mmar import MMARVQConfig, MMARVQForConditionalGeneration
     from .modeling_mmar.configuration_mmar import CUSTOM_PIPELINES, MMARConfig
     from .modeling_mmar.modeling_mmar import MMARForConditionalGeneration
     from .pipelines.text_to_image_mmar import MMARTextToImagePipeline
     from .processors.image_processing_mmar import MMARImageProcessor
     from .processors.processing_mmar import MMARProcessor
 
-    AutoConfig.register(MMARConfig.model_type, MMARConfig)
-    for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
-        auto_class.register(MMARConfig, MMARForConditionalGeneration)
-    AutoImageProcessor.register(MMARConfig, slow_image_processor_class=MMARImageProcessor)
-    AutoProcessor.register(MMARConfig, MMARProcessor)
+    models = {
+        MMARConfig: MMARForConditionalGeneration,
+        MMARVQConfig: MMARVQForConditionalGeneration,
+        MMARTransfusionConfig: MMARTransfusionForConditionalGeneration,
+    }
+    for config_class, model_class in models.items():
+        AutoConfig.register(config_class.model_type, config_class)
+        for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+            auto_class.register(config_class, model_class)
+        AutoImageProcessor.register(config_class, slow_image_processor_class=MMARImageProcessor)
+        AutoProcessor.register(config_class, MMARProcessor)
     for task, entry in CUSTOM_PIPELINES.items():
         PIPELINE_REGISTRY.register_pipeline(
             task, pipeline_class=MMARTextToImagePipeline, pt_model=AutoModel, type=entry["type"]
