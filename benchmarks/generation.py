@@ -12,7 +12,6 @@ the same is said by tests/parity/test_reference.py and tests/unit/test_generatio
 import argparse
 import copy
 import importlib.util
-import resource
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,9 +29,9 @@ from ..modeling_mmar.configuration_mmar import MMARConfig
 from ..modeling_mmar.denoising_mmar import Denoiser
 from ..modeling_mmar.image_layers_mmar import MergedContext, PlainContext
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
-from ..modeling_mmar.packed_linear_mmar import can_pack, packed_linears
+from ..modeling_mmar.packed_linear_mmar import PackedLinear, can_pack, packed_linears
 from .mar_sampler import TableSampler
-from .timing import Ratio, commit, processor, take_turns, versions
+from .timing import Ratio, commit, peak_gibibytes, processor, take_turns, versions
 
 
 SEED, GUIDANCE = 0, 3.0
@@ -41,6 +40,9 @@ REFERENCE = Path(__file__).parents[1] / "tests/parity/reference_mmar.py"
 NUM_TEXT, NUM_NULL = 24, 14
 # A round of the paper's protocol knows half of the latents in the mean.
 KNOWN_SHARE = 0.5
+# What is zero in an untrained model gets this std.
+STD = 0.02
+NUM_TEXT_IDS = 200
 NUM_STEPS = 100
 NUM_NEW_TOKENS = 32
 
@@ -88,7 +90,9 @@ def plain_protocol() -> ModuleType:
     return module
 
 
-def random_model(config: MMARConfig, llm: int, vit: int, head: int, image_size: int | None = None, vocab: int = 256):
+def random_model(
+    config: MMARConfig, llm: int, vit: int, head: int, image_size: int | None = None, vocab: int = 256
+) -> MMARForConditionalGeneration:
     """A model of the config's widths with so many layers, in which nothing is zero."""
     parts = {name: getattr(config, name).to_dict() for name in ("text_config", "vit_config", "diffusion_config")}
     no_ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id", "layer_types"))
@@ -106,7 +110,7 @@ def random_model(config: MMARConfig, llm: int, vit: int, head: int, image_size: 
     model = MMARForConditionalGeneration(config).eval()
     for name, parameter in model.named_parameters():
         if any(part in name for part in ("image_B", "modulation", "output_projection")):
-            nn.init.normal_(parameter, std=0.02)
+            nn.init.normal_(parameter, std=STD)
     return model
 
 
@@ -122,7 +126,7 @@ def packed(module: nn.Module, num_rows: int) -> nn.Module:
 
 def texts() -> tuple[list[int], list[int]]:
     generator = torch.Generator().manual_seed(SEED)
-    ids = torch.randint(0, 200, (NUM_TEXT + NUM_NULL,), generator=generator).tolist()
+    ids = torch.randint(0, NUM_TEXT_IDS, (NUM_TEXT + NUM_NULL,), generator=generator).tolist()
     return ids[:NUM_TEXT], ids[NUM_TEXT:]
 
 
@@ -240,6 +244,25 @@ def merged_against_masked(model: MMARForConditionalGeneration) -> Pair:
     return Pair("language model on image tokens, merged", "PLoRA beside the linears", plain, fast, 1, "pass")
 
 
+def packed_product(num_rows: int) -> Pair:
+    """The head's first linear of a block of MMAR-0.5B, as torch runs it and with packed weights."""
+    linear = nn.Linear(1024, 4096)
+    packed_linear = PackedLinear(linear.weight, linear.bias, num_rows=num_rows)
+    inputs, number = torch.randn(num_rows, 1024), max(1, 256 // num_rows)
+
+    def repeated(run: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+        return lambda: [run(inputs) for _ in range(number)][-1]
+
+    return Pair(
+        f"linear of 1024 x 4096, {num_rows} rows",
+        "torch",
+        repeated(linear),
+        repeated(packed_linear),
+        number,
+        "product",
+    )
+
+
 def text_decode(model: MMARForConditionalGeneration) -> Pair:
     """Greedy text after a prompt, against transformers' own Qwen2 with the same weights."""
     qwen2 = Qwen2ForCausalLM(model.config.text_config).eval()
@@ -285,6 +308,7 @@ def pairs(config: MMARConfig) -> list[Callable[[], list[Pair]]]:
         ),
         lambda: [whole_picture(random_model(config, llm=3, vit=2, head=1, image_size=128))],
         lambda: [merged_against_masked(random_model(config, llm=2, vit=1, head=1))],
+        lambda: [packed_product(number) for number in (2, 32, 512)],
         lambda: [text_decode(random_model(config, llm=4, vit=1, head=1, vocab=vocab))],
     ]
 
@@ -302,15 +326,16 @@ HEAD = "| what | beside | that | MMAR | | times as fast | bar |\n| --- | --- | -
 def report(rows: list[str], num_runs: int) -> str:
     """The results as a page of docs/results."""
     packed = "with packed weights (oneDNN)" if can_pack(torch.float32) else "without packed weights"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = peak_gibibytes()
+    memory = "" if peak is None else f" Peak memory of the whole run {peak:.1f} GiB."
     body = "\n".join(rows)
     return f"""# Generation, on one thread
 
 {date.today().isoformat()}, commit {commit()}, {processor()}, one thread, float32, {packed}; {versions()}.
 Written by `python -m mmar.benchmarks.generation`. Widths of MMAR-0.5B with random weights: AR step and whole picture
 with 3 layers of the language model, 2 of EmbeddingViT and one block of the head, an eighth of each; the picture has
-64 latents, {NUM_STEPS} diffusion steps each. CPU time, medians of {num_runs} runs in turn; in brackets the middle half
-of the ratios. Peak memory of the whole run {peak:.1f} GiB.
+64 latents, {NUM_STEPS} diffusion steps each; merging its weights is not in its time, since they are kept between
+pictures. CPU time, medians of {num_runs} runs in turn; in brackets the middle half of the ratios.{memory}
 
 {HEAD}
 {body}

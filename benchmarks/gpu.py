@@ -1,12 +1,13 @@
 """
-Seconds per picture on a GPU, with random weights: the plain protocol, then what MMAR does, split by stage.
+Seconds per picture on a GPU, with random weights, by stage: the modules called plainly, and what MMAR does.
 
     python -m mmar.benchmarks.gpu --out docs/results
 
 For MMAR-0.5B and MMAR-7B in bfloat16: the paper's protocol, 256 rounds of 100 DDPM steps with guidance, and the
-presets, for one picture and for a batch. A stage's time is that of some rounds, by CUDA events, times their number; a
-whole picture is measured too where it takes less than `MAX_PICTURE_SECONDS`. The floor of a stage is the time in which
-the card could at best read its weights or do its multiply-adds. Runs unattended in less than ten minutes.
+presets, for one picture and for a batch. A stage's time is the median wall time of a call, the device waited for; the
+protocol's is their sum times its rounds, and it is drawn whole where that is less than `MAX_PICTURE_SECONDS`. The
+floor of a stage is the time in which the card could at best read its weights once, in a denoise loop once a step, or
+do its multiply-adds. Meant to run unattended in less than ten minutes; not yet run.
 """
 
 import argparse
@@ -38,8 +39,9 @@ NUM_TEXT, GUIDANCE, BRANCHES, SEED = 32, 3.0, 2, 0
 MAX_PICTURE_SECONDS = 40.0
 NUM_RUNS = 5
 NUM_COLUMNS = 8
-# Of the cards' data sheets (SXM): bytes per second of their memory, dense bfloat16 operations per second.
-CARDS = {"H100": (3.35e12, 989e12), "H200": (4.8e12, 989e12)}
+STD, NUM_TEXT_IDS = 0.02, 100
+# Of the cards' data sheets, by torch's names: bytes per second of their memory, dense bfloat16 operations per second.
+CARDS = {"NVIDIA H100 80GB HBM3": (3.35e12, 989e12), "NVIDIA H200": (4.8e12, 989e12)}
 
 
 @dataclass
@@ -64,7 +66,7 @@ def random_model(config: MMARConfig, device: torch.device, dtype: torch.dtype) -
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if any(part in name for part in ("image_B", "modulation", "output_projection")):
-                nn.init.normal_(parameter, std=0.02)
+                nn.init.normal_(parameter, std=STD)
     return model
 
 
@@ -85,8 +87,14 @@ def seconds(run: Callable[[], object], device: torch.device, num_runs: int = NUM
 
 def prompts(batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Captions, then null prompts, of one length."""
-    ids = torch.randint(0, 100, (BRANCHES * batch, NUM_TEXT), device=device)
+    ids = torch.randint(0, NUM_TEXT_IDS, (BRANCHES * batch, NUM_TEXT), device=device)
     return ids, torch.ones_like(ids)
+
+
+def num_weights(*modules: nn.Module) -> int:
+    """Weights of all linears of modules."""
+    linears = (part for module in modules for part in module.modules() if isinstance(part, nn.Linear))
+    return sum(linear.weight.numel() for linear in linears)
 
 
 def language_model_stage(model: MMARForConditionalGeneration, batch: int, is_plain: bool) -> Stage:
@@ -95,8 +103,7 @@ def language_model_stage(model: MMARForConditionalGeneration, batch: int, is_pla
     context = (PlainContext if is_plain else MergedContext)(language_model, *prompts(batch, device), num_latents)
     embeds = torch.randn(BRANCHES * batch, num_latents, model.config.text_config.hidden_size, device=device)
     embeds, positions = embeds.to(model.dtype), torch.zeros(BRANCHES * batch, 1, dtype=torch.long, device=device)
-    parameters = [p for n, p in language_model.layers.named_parameters() if p.ndim == 2 and "image_" not in n]
-    number, size = sum(p.numel() for p in parameters), parameters[0].element_size()
+    number, size = num_weights(language_model.layers), language_model.embed_tokens.weight.element_size()
     return Stage(
         "language model",
         seconds(lambda: context.run(embeds, positions), device),
@@ -110,12 +117,12 @@ def encoder_stage(model: MMARForConditionalGeneration, batch: int) -> Stage:
     num_latents, device, encoder = model.config.num_latents, model.device, model.model.latent_encoder
     tokens = torch.randn(batch, num_latents, model.config.latent_channels, device=device)
     hidden = (torch.arange(num_latents, device=device) >= num_latents // 2).expand(batch, -1)
-    number = sum(p.numel() for p in encoder.parameters() if p.ndim == 2)
+    of_known, of_all = num_weights(encoder.post_projector, encoder.embedding_vit), num_weights(encoder.vis_projector)
     return Stage(
         "EmbeddingViT",
         seconds(lambda: encoder(tokens, hidden, num_latents // 2), device),
-        number * encoder.mask_token.element_size(),
-        number * batch * num_latents / 2,
+        (of_known + of_all) * encoder.mask_token.element_size(),
+        batch * num_latents * (of_known / 2 + of_all),
     )
 
 
@@ -150,24 +157,30 @@ def plain_denoise(model: MMARForConditionalGeneration, batch: int, num_steps: in
 def denoise_stage(model: MMARForConditionalGeneration, batch: int, num_steps: int, is_plain: bool) -> Stage:
     """One round's denoise loop for one token a picture."""
     make = plain_denoise if is_plain else denoise
-    number = sum(p.numel() for p in model.diffusion_mlp.parameters() if p.ndim == 2)
-    size = model.diffusion_mlp.input_projection.weight.element_size()
+    head, rows = model.diffusion_mlp, BRANCHES * batch
+    # Read once a loop: AdaLN for all steps, and what makes its condition.
+    modulations = num_weights(*(block.modulation for block in head.blocks), head.final_modulation)
+    of_condition, of_times = num_weights(head.condition_projection), num_weights(head.timestep_embedding)
+    per_step = num_weights(head) - modulations - of_condition - of_times
+    size = head.input_projection.weight.element_size()
     return Stage(
         f"denoise loop, {num_steps} steps",
         seconds(make(model, batch, num_steps), model.device),
-        number * size * num_steps,
-        number * BRANCHES * batch * num_steps,
+        size * (num_steps * per_step + modulations + of_condition + of_times),
+        rows * (num_steps * (per_step + modulations) + of_condition) + num_steps * of_times,
     )
 
 
 def kernels_and_syncs(run: Callable[[], object], num_steps: int) -> tuple[float, int]:
-    """Kernels per diffusion step, without graphs in the way, and how often the host waits in the loop."""
-    run(), run()
+    """Kernels and copies on the device per diffusion step, launched one by one, and host syncs in the loop."""
+    run()
     torch.cuda.set_sync_debug_mode("warn")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        run()
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         run()
         torch.cuda.synchronize()
@@ -193,17 +206,17 @@ def row(*cells: object) -> str:
     return f"| {' | '.join(texts)} |"
 
 
-def stage_row(name: str, batch: int, way: str, stage: Stage, card: tuple[float, float]) -> str:
+def stage_row(name: str, batch: int, way: str, stage: Stage, card: tuple[float, float] | None) -> str:
     bandwidth = f"{stage.weight_bytes / stage.seconds / 1e12:.2f} TB/s"
     operations = f"{2 * stage.multiply_adds / stage.seconds / 1e12:.0f} TFLOP/s"
-    multiple = f"{stage.seconds / stage.floor(card):.1f}"
+    multiple = "" if card is None else f"{stage.seconds / stage.floor(card):.1f}"
     return row(name, batch, way, stage.name, f"{1e3 * stage.seconds:.2f} ms", bandwidth, operations, multiple)
 
 
 def measure(
-    model: MMARForConditionalGeneration, name: str, batches: list[int], card: tuple[float, float]
+    model: MMARForConditionalGeneration, name: str, batches: list[int], card: tuple[float, float] | None
 ) -> Iterator[str]:
-    """Lines of the report, as they are measured."""
+    """Lines of the report, as they are measured; without a card's figures its floor is left out."""
     num_latents, num_steps = model.config.num_latents, PRESETS["paper"].num_inference_steps
     for batch in batches:
         for way in ("plain", "MMAR"):
@@ -215,9 +228,10 @@ def measure(
             ]
             yield from (stage_row(name, batch, way, stage, card) for stage in stages)
             estimate = num_latents * sum(stage.seconds for stage in stages)
-            multiple = estimate / (num_latents * sum(stage.floor(card) for stage in stages))
+            floor = None if card is None else num_latents * sum(stage.floor(card) for stage in stages)
             what = f"{num_latents} x {num_steps}, sum of rounds"
-            yield row(name, batch, way, what, f"{estimate:.2f} s", "", "", f"{multiple:.1f}")
+            multiple = "" if floor is None else f"{estimate / floor:.1f}"
+            yield row(name, batch, way, what, f"{estimate:.2f} s", "", "", multiple)
         for preset, settings in PRESETS.items():
             rounds = model.num_rounds(settings, num_latents)
             if preset == "paper" and estimate > MAX_PICTURE_SECONDS:
@@ -241,12 +255,15 @@ HEAD = (
 )
 
 
-def report(lines: list[str], device_name: str) -> str:
+def report(lines: list[str], device_name: str, dtype: torch.dtype, card: tuple[float, float] | None) -> str:
     """The results as a page of docs/results."""
     body = "\n".join(lines)
+    figures = "no figures of this card are at hand, so that the floor is left out"
+    if card is not None:
+        figures = f"floors from {card[0] / 1e12:.2f} TB/s and {card[1] / 1e12:.0f} TFLOP/s"
     return f"""# Generation on a GPU
 
-{date.today().isoformat()}, commit {commit()}, {device_name}, bfloat16; {versions()}. Written by
+{date.today().isoformat()}, commit {commit()}, {device_name}, {dtype}, {figures}; {versions()}. Written by
 `python -m mmar.benchmarks.gpu`, random weights. "Plain" is the model's own modules without merged weights, and the
 head and the scheduler called in each step, one branch of guidance after the other.
 
@@ -268,8 +285,7 @@ def main() -> None:
     if min(arguments.batches) < 1:
         parser.error(f"--batches must be at least 1; got {min(arguments.batches)}")
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
-    # A card that is not listed is compared with the first.
-    card = next((figures for name, figures in CARDS.items() if name in device_name), next(iter(CARDS.values())))
+    card = CARDS.get(device_name)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     lines = []
     print(HEAD)
@@ -286,7 +302,7 @@ def main() -> None:
                 torch.cuda.reset_peak_memory_stats(device)
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        page = report(lines, device_name)
+        page = report(lines, device_name, dtype, card)
         (arguments.out / f"{date.today().isoformat()}_gpu.md").write_text(page, encoding="utf-8")
 
 

@@ -15,6 +15,8 @@ from ..modeling_mmar.diffusion_mmar import MMARDiffusionMLP
 
 class TableSampler:
     r"""
+    A respaced DDPM by tables of its coefficients.
+
     Args:
         head (`MMARDiffusionMLP`): The network.
         alphas_cumprod (`torch.FloatTensor` of shape `(T,)`): Training schedule, float64.

@@ -74,20 +74,39 @@ def run(
     file = folder / "judged.json"
     if file.is_file():
         return json.loads(file.read_text())
-    scheduler = pipe.scheduler
+    scheduler, is_on_cpu = pipe.scheduler, pipe.device.type == "cpu"
+    # Pictures are on the host when they are drawn, so wall time is a device's too.
+    clock = time.process_time if is_on_cpu else time.perf_counter
     if "scheduler" in arguments:
         pipe.scheduler = SCHEDULERS[arguments["scheduler"]].from_config(scheduler.config)
     try:
-        start = time.process_time()
+        start = clock()
         own = {name: value for name, value in arguments.items() if name != "scheduler"}
         draw(pipe, rows, folder, seed, **own)
-        seconds = (time.process_time() - start) / len(rows)
+        seconds = (clock() - start) / len(rows)
     finally:
         pipe.scheduler = scheduler
-    done = subprocess.run([sys.executable, str(judge), str(folder)], stdout=subprocess.PIPE, text=True, check=True)
-    judged = {"seconds": seconds, **{name: float(json.loads(done.stdout)[name]) for name in FIGURES}}
-    file.write_text(json.dumps(judged) + "\n")
+    done = subprocess.run([sys.executable, str(judge), str(folder)], stdout=subprocess.PIPE, text=True)
+    try:
+        figures = json.loads(done.stdout)
+        judged = {"seconds": seconds, **{name: float(figures[name]) for name in FIGURES}}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"expected a JSON of {', '.join(FIGURES)} from {judge.name}; it ended with {done.returncode} and wrote "
+            f"{done.stdout[:200]!r}. Its own messages are above."
+        ) from error
+    # Whole or not there.
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(judged) + "\n")
+    partial.replace(file)
     return judged
+
+
+def folder_of(work: Path, judge: Path, scheduler: Any, seed: int, arguments: dict[str, Any]) -> Path:
+    """Where the drawings of a setting lie, by all that they and their figures hang on."""
+    parts = {"arguments": arguments, "scheduler": dict(scheduler.config), "seed": seed}
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode() + judge.read_bytes())
+    return work / digest.hexdigest()[:16]
 
 
 def claim(work: Path, pipe: MMARPipeline, rows: list[dict[str, Any]]) -> None:
@@ -95,7 +114,7 @@ def claim(work: Path, pipe: MMARPipeline, rows: list[dict[str, Any]]) -> None:
     digest = hashlib.sha256()
     for parameter in pipe.model.parameters():
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    digest.update(json.dumps([row["captions"] for row in rows]).encode())
+    digest.update(json.dumps([[row[name] for name in ("captions", "label", "style")] for row in rows]).encode())
     file = work / "drawings_of.json"
     if file.is_file() and json.loads(file.read_text()) != digest.hexdigest():
         raise ValueError(
@@ -189,17 +208,20 @@ def main() -> None:
     if torch.accelerator.is_available():
         pipe.to(torch.accelerator.current_accelerator())
     claim(args.work, pipe, rows)
+    # Merges weights, which is no setting's time.
+    pipe(rows[0]["captions"][0], num_inference_steps=2)
     groups: dict[str, dict[str, dict[str, tuple[float, float]]]] = {}
     chosen = settings(pipe.model.config.num_latents)
     for group, variants in chosen.items():
         print(f"\n{group}\n\n{HEAD}")
         groups[group] = {}
-        for index, (name, arguments) in enumerate(variants.items()):
-            folder = args.work / group.replace(" ", "_").replace(",", "") / str(index)
-            judged = [
-                run(pipe, rows, args.judge, folder / str(seed), 1000 * seed, arguments)
-                for seed in tqdm(range(args.seeds), desc=name, leave=False)
-            ]
+        for name, arguments in variants.items():
+            judged = []
+            for number in tqdm(range(args.seeds), desc=name, leave=False):
+                # A picture's seed is the sum of this one and its row's number.
+                seed = number * len(rows)
+                folder = folder_of(args.work, args.judge, pipe.scheduler, seed, arguments)
+                judged.append(run(pipe, rows, args.judge, folder, seed, arguments))
             groups[group][name] = over_seeds(judged)
             print(row(name, groups[group][name]), flush=True)
     args.out.mkdir(parents=True, exist_ok=True)

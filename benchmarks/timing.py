@@ -42,7 +42,7 @@ class Ratio:
     @classmethod
     def of(cls, plain: Sequence[float], fast: Sequence[float]) -> "Ratio":
         ratios = [slow / quick for slow, quick in zip(plain, fast, strict=True)]
-        low, median, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        low, median, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
         return cls(median, low, high)
 
     def __str__(self) -> str:
@@ -68,6 +68,15 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.machine()
+
+
+def peak_gibibytes() -> float | None:
+    """The largest memory that this process had, where the system tells."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) / 2**20  # of KiB
 
 
 def versions() -> str:

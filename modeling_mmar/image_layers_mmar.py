@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache
 from transformers.models.qwen2.modeling_qwen2 import rotate_half
 
-from .graphs_mmar import GraphedFunction
+from .graphs_mmar import GraphCache
 from .masking_mmar import shared_position_ids
 from .packed_linear_mmar import PackedLinear
 from .plora_mmar import MMARQwen2DecoderLayer, MMARQwen2Model, PLoRALinear
@@ -24,6 +24,11 @@ from .plora_mmar import MMARQwen2DecoderLayer, MMARQwen2Model, PLoRALinear
 
 # A change of weights that leaves no trace in a tensor's version is looked for in so many of its elements.
 NUM_PROBED_ELEMENTS = 64
+# Memory that must be free on a CUDA device, by what the merged weights take: they are summed in float32, and a picture
+# needs some too.
+ROOM = 1.25
+# Attention that merged layers compute as well; another one is a user's.
+ATTENTION = ("sdpa", "eager")
 
 
 @dataclass
@@ -67,15 +72,15 @@ class ImageWeights:
 
     @classmethod
     def fit(cls, language_model: MMARQwen2Model) -> bool:
-        """Whether there are merged weights already, or an accelerator has room for them."""
-        device = language_model.embed_tokens.weight.device
-        if device.type != "cuda" or language_model in cls._kept:
+        """Whether there are merged weights already, or a CUDA device has room for them; elsewhere it is not known."""
+        device, kept = language_model.embed_tokens.weight.device, cls._kept.get(language_model)
+        if device.type != "cuda" or (kept is not None and kept._is_current(language_model)):
             return True
         free = torch.cuda.mem_get_info(device)[0]
         # What torch keeps and does not use is free too.
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         parts = language_model.layers.parameters()
-        return sum(part.numel() * part.element_size() for part in parts) <= free
+        return ROOM * sum(part.numel() * part.element_size() for part in parts) <= free
 
     @classmethod
     def drop(cls, language_model: MMARQwen2Model) -> None:
@@ -91,10 +96,12 @@ def can_merge(language_model: nn.Module) -> bool:
     Whether the weights of image tokens can be merged and run past the modules: floating point, on their device, each
     the PLoRA linear itself (no adapter on top, no shard, no quantized weight), and no hook that waits for a call.
     """
-    if language_model.config.rope_parameters.get("rope_type", "default") != "default":
+    config = language_model.config
+    if config.rope_parameters.get("rope_type", "default") != "default" or config._attn_implementation not in ATTENTION:
         return False
     for module in (language_model, *language_model.layers.modules(), language_model.norm):
-        if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
+        # accelerate, and others, put a `forward` of their own into the module.
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             return False
     if not all(type(layer) is MMARQwen2DecoderLayer for layer in language_model.layers):
         return False
@@ -124,11 +131,12 @@ def _sources(language_model: MMARQwen2Model) -> list[Tensor]:
 
 
 def _state_of(language_model: MMARQwen2Model) -> list[tuple]:
-    """Where the weights are and how often they were written to, as far as torch counts it."""
-    return [
+    """Where the weights are, how often they were written to as far as torch counts it, and the branches' factors."""
+    weights = [
         (part.data_ptr(), 0 if part.is_inference() else part._version, part.dtype, part.device)
         for part in _sources(language_model)
     ]
+    return weights + [(linear.image_scaling,) for linear in _linears(language_model)]
 
 
 @torch.no_grad()
@@ -143,11 +151,12 @@ def _probe(language_model: MMARQwen2Model) -> Tensor:
 
 @torch.no_grad()
 def _merged(linear: PLoRALinear) -> Tensor:
-    """W + alpha / r B A `(out, in)`, summed in float32, in W's dtype."""
-    factor_A, factor_B = linear.image_A.float(), linear.image_B.float()
+    """W + alpha / r B A `(out, in)`, summed in float32 at least, in W's dtype."""
+    dtype = torch.promote_types(linear.weight.dtype, torch.float32)
+    weight, factor_A, factor_B = (part.to(dtype) for part in (linear.weight, linear.image_A, linear.image_B))
     # Without autocast, which would round the product.
     with torch.autocast(factor_A.device.type, enabled=False):
-        merged = torch.addmm(linear.weight.float(), factor_B, factor_A, alpha=linear.image_scaling)
+        merged = torch.addmm(weight, factor_B, factor_A, alpha=linear.image_scaling)
     return merged.to(linear.weight.dtype)
 
 
@@ -183,7 +192,7 @@ class PlainContext:
     """
 
     def __init__(self, language_model: Any, input_ids: Tensor, attention_mask: Tensor, num_latents: int):
-        self.language_model = language_model
+        self.language_model, self.dtype = language_model, language_model.embed_tokens.weight.dtype
         self.cache = DynamicCache(config=language_model.config)
         no_image = torch.zeros_like(input_ids, dtype=torch.bool)
         position_ids = shared_position_ids(no_image, num_latents, attention_mask)
@@ -209,6 +218,7 @@ class PlainContext:
         Returns:
             `torch.FloatTensor` of shape `(rows, K, D)`: z there.
         """
+        embeds = embeds.to(self.dtype)
         rows, num_latents, _ = embeds.shape
         mask = self.visible.expand(-1, 1, num_latents, -1)
         if self.language_model.config._attn_implementation == "eager":
@@ -237,19 +247,20 @@ class MergedContext(PlainContext):
         # Without padding there is nothing to hide, and attention is faster without a mask.
         self.mask = None if bool(attention_mask.all()) else self.visible
         cos, sin = language_model.rotary_emb(self.cache.layers[0].keys, self.position_ids)
-        cos, sin = cos[:, None].float(), sin[:, None].float()  # (rows, 1, 1, head_dim)
+        wide = torch.promote_types(self.cache.layers[0].keys.dtype, torch.float32)
+        cos, sin = cos[:, None].to(wide), sin[:, None].to(wide)  # (rows, 1, 1, head_dim)
         self.states = []
         for layer in self.cache.layers:
             keys, values = layer.keys, layer.values  # (rows, kv_heads, P, head_dim)
             # Image tokens then need no turn: scores hang on differences of positions.
-            turned = (keys.float() * cos - rotate_half(keys.float()) * sin).to(keys.dtype)
+            turned = (keys.to(wide) * cos - rotate_half(keys.to(wide)) * sin).to(keys.dtype)
             # The places of the picture's tokens are written in each round.
             self.states.append([F.pad(part, (0, 0, 0, num_latents)) for part in (turned, values)])
         self.cache = None
-        self._run_at_once = GraphedFunction(self._run)
+        self._graphs = GraphCache()
 
     def run(self, embeds: Tensor, positions: Tensor) -> Tensor:
-        return self._run_at_once(None, embeds, positions)
+        return self._graphs.run(self._run, None, embeds.to(self.dtype), positions)
 
     def _run(self, _: None, embeds: Tensor, positions: Tensor) -> Tensor:
         hidden_states = embeds

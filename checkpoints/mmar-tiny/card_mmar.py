@@ -183,11 +183,13 @@ def count_parameters(model: Any) -> dict[str, int]:
         elif name.startswith(("model.language_model.", "lm_head.")):
             part = "Qwen2"
         else:
-            part = {"model": "latent encoder", "diffusion_mlp": "diffusion MLP", "vae": "VAE"}[name.split(".")[0]]
+            module = name.split(".")[0]
+            part = {"model": "latent encoder", "diffusion_mlp": "diffusion MLP", "vae": "VAE"}.get(module, module)
         # In 4 bits several numbers share an element.
         packed = getattr(parameter, "quant_state", None)
-        counts[part] += parameter.numel() if packed is None else packed.shape.numel()
-    return counts
+        number = parameter.numel() if packed is None else packed.shape.numel()
+        counts[part] = counts.get(part, 0) + number
+    return {part: number for part, number in counts.items() if number}
 
 
 def _eval_results(evaluation: dict[str, Any]) -> list[EvalResult]:

@@ -9,6 +9,7 @@ only (suppl. Fig. 6), so the modulations of all steps are one product per block.
 import copy
 import functools
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,13 +20,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .diffusion_mmar import MMARDiffusionMLP
-from .graphs_mmar import GraphedFunction
+from .graphs_mmar import GraphCache
 
 
-# Modulations are computed for so many steps at a time that they hold at most this many elements.
+# Modulations are computed for so many steps at a time that they hold at most this many elements, or for one step.
 MAX_MODULATION_ELEMENTS = 2**26
 # torch's CPU generator fills normals in groups of this size: a draw of whole groups is the draws of its groups.
 CPU_NORMAL_GROUP = 16
+
+
+# Reading the coefficients off is some hundred steps of a scheduler: those of the last schedules are kept.
+MAX_KEPT_STEPS = 256
+_LINEAR_STEPS: dict[tuple, "LinearSteps | None"] = {}
 
 
 @dataclass
@@ -56,6 +62,16 @@ class LinearSteps:
         """
         if type(scheduler) not in (DDPMScheduler, DDIMScheduler):
             return None
+        config = json.dumps(scheduler.config, sort_keys=True, default=str)
+        key = type(scheduler), config, scheduler.alphas_cumprod.numpy(force=True).tobytes(), num_inference_steps
+        if key not in _LINEAR_STEPS:
+            if len(_LINEAR_STEPS) == MAX_KEPT_STEPS:
+                _LINEAR_STEPS.clear()
+            _LINEAR_STEPS[key] = cls._read(scheduler, num_inference_steps)
+        return _LINEAR_STEPS[key]
+
+    @classmethod
+    def _read(cls, scheduler: Any, num_inference_steps: int) -> "LinearSteps | None":
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         scheduler = copy.deepcopy(scheduler)
         scheduler.set_timesteps(num_inference_steps)
@@ -138,8 +154,9 @@ def step_noise(generator: torch.Generator, num_steps: int, num_tokens: int, chan
     """Normals `(num_steps, num_tokens, channels)`: what as many draws of `(1, channels)` would give, in that order."""
     shape = (num_steps, num_tokens, channels)
     if generator.device.type == "cpu" and channels % CPU_NORMAL_GROUP == 0:
-        return torch.randn(shape, generator=generator)
-    draws = [torch.randn(channels, generator=generator, device=generator.device) for _ in range(shape[0] * shape[1])]
+        return torch.randn(shape, generator=generator, dtype=torch.float32)
+    kwargs = {"generator": generator, "device": generator.device, "dtype": torch.float32}
+    draws = [torch.randn(channels, **kwargs) for _ in range(num_steps * num_tokens)]
     return torch.stack(draws).view(shape) if draws else torch.zeros(shape, device=generator.device)
 
 
@@ -166,7 +183,7 @@ class Denoiser:
             module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
             for module in head.modules()
         )
-        self._walk_at_once = GraphedFunction(self._walk)
+        self._graphs = GraphCache()
         self._time_embeddings = None if self._is_hooked else head.timestep_embedding(self._timesteps)
 
     @property
@@ -188,13 +205,16 @@ class Denoiser:
         """
         count = len(z) // ((1 if guidance_scales is None else 2) * len(generators))
         channels = self._head.input_projection.in_features
-        start = [to_device(torch.randn(count, channels, generator=own, device=own.device), z) for own in generators]
+        start = [
+            to_device(torch.randn(count, channels, generator=own, device=own.device, dtype=torch.float32), z)
+            for own in generators
+        ]
         # float32 state: the network's output is cast before each update (Sec. 3.3.4).
         noisy_latents = torch.cat(start) * self._scheduler.init_noise_sigma
         scales = [1.0] * self.num_steps if guidance_scales is None else guidance_scales
         # What is launched hangs on where guidance is active; how strong it is, is data.
         is_guided = tuple(scale != 1 for scale in scales)
-        scales = to_device(torch.tensor(scales), z)
+        scales = to_device(torch.tensor(scales, dtype=torch.float32), z)
         if self._steps is None:
             per_token = [own for own in generators for _ in range(count)]
             return self._ask_scheduler(is_guided, z, noisy_latents, scales, per_token)
@@ -203,7 +223,7 @@ class Denoiser:
         noise = torch.cat([to_device(step_noise(own, num_draws, count, channels), z) for own in generators], dim=1)
         if self._is_hooked:
             return self._walk(is_guided, z, noisy_latents, scales, noise)
-        return self._walk_at_once(is_guided, z, noisy_latents, scales, noise)
+        return self._graphs.run(self._walk, is_guided, z, noisy_latents, scales, noise)
 
     def _predictor(self, is_guided: tuple[bool, ...], z: Tensor, scales: Tensor) -> Callable[[int, Tensor], Tensor]:
         """What predicts `(M, C)` from a step's number and noisy latents `(M, C)`, guided where it is to be."""
@@ -215,8 +235,8 @@ class Denoiser:
         def predict(step: int, noisy_latents: Tensor) -> Tensor:
             if not is_guided[step]:
                 return head(step, noisy_latents)
-            conditional, unconditional = head(step, noisy_latents.repeat(2, 1)).chunk(2)
-            return torch.lerp(unconditional, conditional, scales[step])
+            v_cond, v_uncond = head(step, noisy_latents.repeat(2, 1)).chunk(2)
+            return torch.lerp(v_uncond, v_cond, scales[step])
 
         return predict
 

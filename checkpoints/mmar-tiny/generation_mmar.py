@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from .denoising_mmar import Denoiser
 from .diffusion_mmar import cosine_alphas_cumprod
 from .image_layers_mmar import ImageWeights, MergedContext, PlainContext, can_merge
-from .masking_mmar import sample_orders, tokens_per_step
+from .masking_mmar import ORDERS, sample_orders, tokens_per_step
 from .packed_linear_mmar import packed_linears
 
 
@@ -48,8 +48,49 @@ PRESETS = {
 }
 
 
+@dataclass
+class ImageRun:
+    r"""
+    What a call of `generate_images` draws by: its arguments, checked and completed.
+
+    Args:
+        context (`PlainContext` or `MergedContext`): The text, and the language model behind it; with guidance all rows
+            with the caption, then all with the null prompt.
+        tokens (`torch.FloatTensor` of shape `(B, N, C)`): Known latents, 0 elsewhere.
+        hidden (`torch.BoolTensor` of shape `(B, N)`): True where to draw.
+        num_hidden (`int`): How many of each picture.
+        generators (`list[torch.Generator]`): One per picture.
+        is_guided (`bool`): Whether there is guidance.
+        guidance_scale, guidance_schedule, guidance_interval, num_ar_steps, num_inference_steps, order, scheduler,
+            callback: Of `generate_images`.
+    """
+
+    context: PlainContext
+    tokens: Tensor
+    hidden: Tensor
+    num_hidden: int
+    generators: list[torch.Generator]
+    is_guided: bool
+    guidance_scale: float
+    guidance_schedule: str
+    guidance_interval: tuple[float, float]
+    num_ar_steps: int
+    num_inference_steps: int | tuple[int, int]
+    order: str
+    scheduler: SchedulerMixin
+    callback: Callable[[int, int, Tensor, Tensor], dict[str, Any] | None] | None
+
+    def scales(self, drawn_share: float, num_steps: int) -> list[float]:
+        """Guidance of each diffusion step, once so much of the picture is drawn; 1 outside the interval of shares."""
+        scale = float(self.guidance_scale)
+        if self.guidance_schedule == "linear":
+            scale = 1 + (scale - 1) * drawn_share
+        first, last = self.guidance_interval
+        return [scale if first <= (step + 0.5) / num_steps < last else 1.0 for step in range(num_steps)]
+
+
 class MMARImageGenerationMixin:
-    """`generate_images` for a model with `model`, `diffusion_mlp`, `vae` and `config`."""
+    """`generate_images` for a model with `model`, `diffusion_mlp` as its `image_head`, `vae` and `config`."""
 
     def default_scheduler(self) -> DDPMScheduler:
         """The paper's sampler: DDPM on the training schedule, steps spread over all of it, no clipping (Sec. 4.6)."""
@@ -62,6 +103,10 @@ class MMARImageGenerationMixin:
             clip_sample=False,
         )
 
+    def token_sampler(self, scheduler: Any, num_inference_steps: int, device: torch.device) -> Denoiser:
+        """What draws the tokens of a round from their z."""
+        return Denoiser(self.diffusion_mlp, scheduler, num_inference_steps, device)
+
     def image_preset(self, name: str | None = None) -> Preset:
         r"""
         A preset by its name, or the one of `config.image_generation`.
@@ -72,7 +117,7 @@ class MMARImageGenerationMixin:
         if name is None:
             defaults = self.config.image_generation
             return Preset(defaults["num_ar_steps"] / self.config.num_latents, defaults["num_inference_steps"])
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(f"`preset` must be one of {', '.join(PRESETS)}; got {name!r}.")
         return PRESETS[name]
 
@@ -94,17 +139,17 @@ class MMARImageGenerationMixin:
         negative_attention_mask: Tensor | None = None,
         guidance_scale: float | None = None,
         guidance_schedule: str = "constant",
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
-        preset: str | None = None,
         num_ar_steps: int | None = None,
         num_inference_steps: int | tuple[int, int] | None = None,
-        order: str = "random",
         scheduler: Any | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         latent_mask: Tensor | None = None,
         callback: Callable[[int, int, Tensor, Tensor], dict[str, Any] | None] | None = None,
         output_type: str = "pt",
+        preset: str | None = None,
+        order: str = "random",
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         merge_image_weights: bool | None = None,
         **kwargs,
     ) -> Tensor:
@@ -122,15 +167,9 @@ class MMARImageGenerationMixin:
                 `config.image_generation`, like the two steps below.
             guidance_schedule (`str`, *optional*, defaults to `"constant"`): `"linear"` raises w from 1 to
                 `guidance_scale` with the share of latents drawn by the end of each round, as MAR does.
-            guidance_interval (`tuple[float, float]`, *optional*, defaults to `(0.0, 1.0)`): The diffusion steps that
-                are guided, as shares of all of them from the noisiest on (arXiv 2404.07724); the others are
-                conditional only, and cheaper.
-            preset (`str`, *optional*): A key of `PRESETS`, for the two step numbers and the scheduler; what is given
-                wins.
             num_ar_steps (`int`, *optional*): Autoregressive rounds, between 1 and the number of hidden latents.
             num_inference_steps (`int` or `tuple[int, int]`, *optional*): Diffusion steps per token, or those of the
                 first and the last round, with even changes between: later tokens are surer.
-            order (`str`, *optional*, defaults to `"random"`): Of the latents; one of `ORDERS`.
             scheduler (diffusers scheduler, *optional*): Defaults to the preset's, or `default_scheduler()`.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): One per picture, or one from which a
                 seed per picture is drawn: a picture does not depend on the others of its batch.
@@ -142,6 +181,12 @@ class MMARImageGenerationMixin:
                 partial latents `(B, C, h, w)` and the mask `(B, N)` of what is still hidden. It may return a dict with
                 "latents" to go on with, and "interrupt", True to stop here.
             output_type (`str`, *optional*, defaults to `"pt"`): "pt" for pictures, "latent" for latents.
+            preset (`str`, *optional*): A key of `PRESETS`, for the two step numbers and the scheduler; what is given
+                wins.
+            order (`str`, *optional*, defaults to `"random"`): Of the latents; one of `ORDERS`.
+            guidance_interval (`tuple[float, float]`, *optional*, defaults to `(0.0, 1.0)`): The diffusion steps that
+                are guided, as shares of all of them from the noisiest on (arXiv 2404.07724); the others are
+                conditional only, and cheaper.
             merge_image_weights (`bool`, *optional*): Run image tokens by weights with PLoRA merged in, where that is
                 possible: the same up to rounding and faster, for a second copy of the language model's layers in
                 memory. The copy is kept for the next call until `train()` is called. By default where the accelerator
@@ -171,20 +216,22 @@ class MMARImageGenerationMixin:
         scheduler = self.preset_scheduler(chosen) if scheduler is None else scheduler
         _check_prompts(input_ids, attention_mask, negative_attention_mask)
         _check_guidance(guidance_scale, guidance_schedule, guidance_interval)
+        if not isinstance(order, str) or order not in ORDERS:
+            raise ValueError(f"`order` must be one of {', '.join(ORDERS)}; got {order!r}.")
+        if merge_image_weights is not None and not isinstance(merge_image_weights, bool):
+            raise ValueError(f"`merge_image_weights` must be True, False or None; got {merge_image_weights!r}.")
         batch, device = len(input_ids), input_ids.device
-        num_latents, channels = self.config.num_latents, self.config.latent_channels
+        num_latents = self.config.num_latents
         self._check_image_arguments(
             input_ids, negative_input_ids, guidance_scale, num_inference_steps, num_ar_steps, scheduler
         )
         tokens, hidden = self._start(batch, latents, latent_mask, device)
         num_hidden = int(hidden[0].sum())
         num_ar_steps = self.num_rounds(chosen, num_hidden) if num_ar_steps is None else num_ar_steps
-        counts = tokens_per_step(num_hidden, num_ar_steps)
-        generators = _generator_per_image(generator, batch)
 
         # 1. The text prefix never sees the picture: its keys and values are made once, conditional rows first.
-        guided = guidance_scale > 1
-        if guided:
+        is_guided = guidance_scale > 1
+        if is_guided:
             input_ids, attention_mask = _stack_left_padded(
                 input_ids, attention_mask, negative_input_ids, negative_attention_mask
             )
@@ -194,52 +241,32 @@ class MMARImageGenerationMixin:
             merge_image_weights = ImageWeights.fit(language_model)
         is_merged = merge_image_weights and can_merge(language_model)
         context_class = MergedContext if is_merged else PlainContext
-        context = context_class(language_model, input_ids, attention_mask, num_latents)
-        steps_of_rounds = _steps_of_rounds(num_inference_steps, num_ar_steps)
-        denoisers = {
-            number: Denoiser(self.diffusion_mlp, scheduler, number, device) for number in sorted(set(steps_of_rounds))
-        }
+        run = ImageRun(
+            context=context_class(language_model, input_ids, attention_mask, num_latents),
+            tokens=tokens,
+            hidden=hidden,
+            num_hidden=num_hidden,
+            generators=_generator_per_image(generator, batch),
+            is_guided=is_guided,
+            guidance_scale=guidance_scale,
+            guidance_schedule=guidance_schedule,
+            guidance_interval=guidance_interval,
+            num_ar_steps=num_ar_steps,
+            num_inference_steps=num_inference_steps,
+            order=order,
+            scheduler=scheduler,
+            callback=callback,
+        )
 
-        # 2. Hidden positions in a random order per picture, known ones never visited.
-        orders = sample_orders(batch, num_latents, generators, order).to(device)
-        visible = ~hidden.gather(1, orders)
-        orders = orders.gather(1, visible.long().argsort(dim=1, stable=True))[:, :num_hidden]  # (B, num_hidden)
+        # 2.-4. The picture's tokens behind it.
+        try:
+            tokens = self.draw_tokens(run)
+        finally:
+            del run
+            if hasattr(self, "_hf_hook"):
+                # The model is offloaded as a whole, and the copy would stay.
+                ImageWeights.drop(language_model)
 
-        start, embeds_dtype = 0, language_model.embed_tokens.weight.dtype
-        # About so many rows pass the head and, half of the latents known, EmbeddingViT at once.
-        branches = 2 if guided else 1
-        head_rows, vit_rows = branches * batch * num_hidden // num_ar_steps, batch * num_latents // 2
-        packed_head = packed_linears(self.diffusion_mlp, head_rows)
-        packed_encoder = packed_linears(self.model.latent_encoder, vit_rows)
-        with packed_head, packed_encoder:
-            for step, count in enumerate(counts):
-                positions = orders[:, start : start + count]  # (B, count)
-                start += count
-                # 3. z of the next positions, given the text and the tokens so far.
-                num_known = num_latents - num_hidden + start - count
-                embeds = self.model.latent_encoder(tokens, hidden, num_known).to(embeds_dtype)
-                z = context.run(embeds.repeat(branches, 1, 1), positions.repeat(branches, 1))
-                z = z.flatten(0, 1)  # (branches * B * count, D)
-                # 4. The tokens, by diffusion.
-                scale = guidance_scale
-                if guidance_schedule == "linear":
-                    scale = 1 + (guidance_scale - 1) * start / num_hidden
-                denoiser = denoisers[steps_of_rounds[step]]
-                scales = _scales_of_steps(scale, guidance_interval, denoiser.num_steps) if guided else None
-                drawn = denoiser(z, scales, generators)
-                drawn = drawn.view(batch, count, channels)
-                tokens = tokens.scatter(1, positions[..., None].expand_as(drawn), drawn)
-                hidden = hidden.scatter(1, positions, False)
-                if callback is not None:
-                    partial = self._as_latents(tokens)
-                    changed = _checked_changes(callback(step, num_ar_steps, partial, hidden.clone()), partial)
-                    tokens = changed["latents"].to(tokens).flatten(2).transpose(1, 2)
-                    if changed["interrupt"]:
-                        break
-
-        if hasattr(self, "_hf_hook"):
-            # The model is offloaded as a whole, and the copy would stay.
-            ImageWeights.drop(language_model)
         latents = self._as_latents(tokens)
         if not bool(torch.isfinite(latents).all()):
             raise ValueError(
@@ -248,6 +275,63 @@ class MMARImageGenerationMixin:
                 "float32 instead of float16."
             )
         return latents if output_type == "latent" else self.decode_latents(latents)
+
+    def draw_tokens(self, run: ImageRun) -> Tensor:
+        r"""
+        Draws the hidden tokens of pictures, a few at a time.
+
+        Args:
+            run (`ImageRun`): What by.
+
+        Returns:
+            `torch.FloatTensor` of shape `(B, N, C)`.
+        """
+        tokens, hidden, num_hidden = run.tokens, run.hidden, run.num_hidden
+        batch, num_latents, channels = tokens.shape
+        counts = tokens_per_step(num_hidden, run.num_ar_steps)
+        steps_of_rounds = _steps_of_rounds(run.num_inference_steps, run.num_ar_steps)
+        samplers = {
+            number: self.token_sampler(run.scheduler, number, tokens.device) for number in sorted(set(steps_of_rounds))
+        }
+
+        # 2. Hidden positions in a random order per picture, known ones never visited.
+        orders = sample_orders(batch, num_latents, run.generators, run.order).to(tokens.device)
+        visible = ~hidden.gather(1, orders)
+        orders = orders.gather(1, visible.long().argsort(dim=1, stable=True))[:, :num_hidden]  # (B, num_hidden)
+
+        start, branches = 0, 2 if run.is_guided else 1
+        # About so many rows pass the head and, half of the latents known, EmbeddingViT at once.
+        head_rows, vit_rows = branches * batch * num_hidden // run.num_ar_steps, batch * num_latents // 2
+        packed_head = packed_linears(self.image_head, head_rows)
+        packed_encoder = packed_linears(self.model.latent_encoder, vit_rows)
+        with packed_head, packed_encoder:
+            for step, count in enumerate(counts):
+                positions = orders[:, start : start + count]  # (B, count)
+                # 3. z of the next positions, given the text and the tokens so far.
+                embeds = self.model.latent_encoder(tokens, hidden, num_latents - num_hidden + start)
+                z = run.context.run(embeds.repeat(branches, 1, 1), positions.repeat(branches, 1))
+                z = z.flatten(0, 1)  # (branches * B * count, D)
+                start += count
+                # 4. The tokens, by diffusion.
+                sampler = samplers[steps_of_rounds[step]]
+                scales = run.scales(start / num_hidden, sampler.num_steps) if run.is_guided else None
+                drawn = sampler(z, scales, run.generators).view(batch, count, channels)
+                tokens = tokens.scatter(1, positions[..., None].expand_as(drawn), drawn)
+                hidden = hidden.scatter(1, positions, False)
+                tokens, is_interrupted = self.call_back(run, step, run.num_ar_steps, tokens, hidden)
+                if is_interrupted:
+                    break
+        return tokens
+
+    def call_back(
+        self, run: ImageRun, step: int, num_steps: int, tokens: Tensor, hidden: Tensor
+    ) -> tuple[Tensor, bool]:
+        """Shows a round's tokens `(B, N, C)` to the caller: what to go on with, and whether to stop."""
+        if run.callback is None:
+            return tokens, False
+        partial = self._as_latents(tokens)
+        changed = _checked_changes(run.callback(step, num_steps, partial, hidden.clone()), partial)
+        return changed["latents"].to(tokens).flatten(2).transpose(1, 2), changed["interrupt"]
 
     def _start(
         self, batch: int, latents: Tensor | None, latent_mask: Tensor | None, device: torch.device
@@ -399,11 +483,11 @@ def _is_integer(value: Any) -> bool:
 
 
 def _check_prompts(input_ids: Any, attention_mask: Any, negative_attention_mask: Any) -> None:
-    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.numel() == 0:
         got = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
         raise ValueError(
-            f"`input_ids` must be a torch tensor of shape (B, L); got {got}. `MMARProcessor.generation_inputs` makes "
-            "it."
+            f"`input_ids` must be a torch tensor of shape (B, L), at least one row and one token; got {got}. "
+            "`MMARProcessor.generation_inputs` makes it."
         )
     for name, mask in (("attention_mask", attention_mask), ("negative_attention_mask", negative_attention_mask)):
         if mask is not None and not isinstance(mask, Tensor):
@@ -423,14 +507,11 @@ def _check_guidance(scale: Any, schedule: Any, interval: Any) -> None:
     is_pair = isinstance(interval, (tuple, list)) and len(interval) == 2
     if not is_pair or not all(isinstance(share, numbers.Real) for share in interval):
         raise ValueError(f"`guidance_interval` must be two shares of the diffusion steps; got {interval!r}.")
-    if not 0 <= interval[0] <= interval[1] <= 1:
-        raise ValueError(f"`guidance_interval` must be two shares in [0, 1], the lesser first; got {interval!r}.")
-
-
-def _scales_of_steps(scale: float, interval: tuple[float, float], num_steps: int) -> list[float]:
-    """Guidance of each diffusion step, 1 outside the interval of shares."""
-    start, end = interval
-    return [scale if start <= (step + 0.5) / num_steps <= end else 1.0 for step in range(num_steps)]
+    if not 0 <= interval[0] < interval[1] <= 1:
+        raise ValueError(
+            f"`guidance_interval` must be two different shares in [0, 1], the lesser first; got {interval!r}. "
+            "`guidance_scale=1` turns guidance off."
+        )
 
 
 def _generator_per_image(

@@ -1,41 +1,60 @@
-"""Functions of tensors that are launched as one CUDA graph, from their second call with the same shapes on."""
+"""Functions of tensors that are launched as one CUDA graph, once they were called often with the same shapes."""
 
+import contextlib
+import threading
 from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
 
 
+# Capturing costs about as much as some calls: only what comes again and again is captured, as in the paper's protocol.
+CALLS_BEFORE_CAPTURE = 8
+# torch captures one graph at a time.
+_CAPTURING = threading.Lock()
+
+
 def capture_cuda_graph(
     function: Callable[..., Tensor], arguments: tuple[Tensor, ...]
 ) -> tuple[Callable[[], None], Tensor]:
     """What runs `function` on these very tensors again, and the tensor that it writes its result to."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = function(*arguments)
-    return graph.replay, output
+    device, graph = arguments[0].device, torch.cuda.CUDAGraph()
+    with _CAPTURING, torch.cuda.device(device):
+        # Of this device and this call: torch's own stream is of the device that was current first. Other threads may
+        # go on allocating memory.
+        stream = torch.cuda.Stream(device)
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            output = function(*arguments)
+
+    def replay() -> None:
+        with torch.cuda.device(device):
+            graph.replay()
+
+    return replay, output
 
 
-class GraphedFunction:
+class GraphCache:
     r"""
-    A function whose kernels follow from the shapes of its arguments, so that the host launches them all at once.
+    Graphs of a function whose kernels follow from the shapes of its arguments, so that the host launches them at once.
 
-    The first call with some shapes runs as it is, and warms up what the kernels need; the second is captured. On other
-    devices than CUDA's, and within autocast, whose copies of weights a graph must not hold, every call runs as it is.
+    The first calls with some shapes run as they are, and warm up what the kernels need. On other devices than CUDA's,
+    within autocast, whose copies of weights a graph must not hold, and within another capture every call does; so it
+    does after a capture that failed. The function is handed in with each call: kept here, it would keep its owner.
 
     Args:
-        function (`Callable`): Of a hashable and tensors; must not wait for the device, nor return what it was given.
         capture (`Callable`, *optional*): Makes a graph of a function and its arguments.
     """
 
-    def __init__(self, function: Callable[..., Tensor], capture: Callable = capture_cuda_graph):
-        self._function, self._capture = function, capture
-        # By what the kernels follow from: None once called, then the graph, its arguments and its result.
-        self._graphs: dict[Hashable, tuple[Callable[[], None], tuple[Tensor, ...], Tensor] | None] = {}
+    def __init__(self, capture: Callable = capture_cuda_graph):
+        self._capture = capture
+        # By what the kernels follow from: how often it was called, or the graph, its arguments and its result.
+        self._entries: dict[Hashable, int | tuple[Callable[[], None], tuple[Tensor, ...], Tensor]] = {}
 
-    def __call__(self, static: Hashable, *tensors: Tensor) -> Tensor:
+    def run(self, function: Callable[..., Tensor], static: Hashable, *tensors: Tensor) -> Tensor:
         r"""
         Args:
+            function (`Callable`): Of `static` and the tensors, the same for every call; must not wait for the device,
+                nor return what it was given.
             static (hashable): What else the kernels follow from.
             *tensors (`torch.Tensor`): All on one device.
 
@@ -43,22 +62,34 @@ class GraphedFunction:
             `torch.Tensor`
         """
         if not self.is_capturable(tensors[0]):
-            return self._function(static, *tensors)
+            return function(static, *tensors)
         key = static, *((tensor.shape, tensor.dtype) for tensor in tensors)
-        if key not in self._graphs:
-            self._graphs[key] = None
-            return self._function(static, *tensors)
-        if self._graphs[key] is None:
+        entry = self._entries.get(key, 0)
+        if entry == CALLS_BEFORE_CAPTURE:
             own = tuple(tensor.clone() for tensor in tensors)
-            replay, output = self._capture(lambda *arguments: self._function(static, *arguments), own)
-            self._graphs[key] = replay, own, output
-        replay, own, output = self._graphs[key]
+            # No memory, or another library that cannot be captured: never tried again.
+            entry = -1
+            with contextlib.suppress(RuntimeError):
+                entry = (*self._captured(function, static, own), own)
+            self._entries[key] = entry
+        if isinstance(entry, int):
+            self._entries[key] = entry + 1 if entry >= 0 else entry
+            return function(static, *tensors)
+        replay, output, own = entry
         for kept, tensor in zip(own, tensors, strict=True):
             kept.copy_(tensor)
         replay()
         # The next call writes there.
         return output.clone()
 
+    def _captured(
+        self, function: Callable[..., Tensor], static: Hashable, own: tuple[Tensor, ...]
+    ) -> tuple[Callable[[], None], Tensor]:
+        return self._capture(lambda *arguments: function(static, *arguments), own)
+
     @staticmethod
     def is_capturable(tensor: Tensor) -> bool:
-        return tensor.is_cuda and not torch.is_autocast_enabled("cuda")
+        """Whether calls on this tensor's device may become graphs now."""
+        if not tensor.is_cuda or torch.is_autocast_enabled("cuda"):
+            return False
+        return not torch.cuda.is_current_stream_capturing()

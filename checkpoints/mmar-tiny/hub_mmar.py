@@ -43,6 +43,9 @@ REMOTE_MODULES = {
     "processors": ("image_processing_mmar", "processing_mmar"),
 }
 
+# Where a subclass has modules of its own, which go to its folders only.
+SUBCLASS_FOLDER = "ablations"
+
 # The file that model_index.json names.
 ENTRY_MODULE = "diffusers_mmar"
 
@@ -72,7 +75,7 @@ __all__ = ["MMARPipeline"]
 _IMPORT_BETWEEN_FOLDERS = re.compile(r"^(\s*from )\.\.\w+\.(\w+_mmar import )", flags=re.MULTILINE)
 
 
-def export_remote_code(folder: str | Path) -> None:
+def export_remote_code(folder: str | Path, subclass_modules: tuple[str, ...] = ()) -> None:
     r"""
     Writes MMAR's modules into a folder, flat.
 
@@ -80,22 +83,23 @@ def export_remote_code(folder: str | Path) -> None:
 
     Args:
         folder (`str` or `Path`): Where to; exists.
+        subclass_modules (`tuple[str]`, *optional*): Modules of a model that builds on MMAR, to be written too.
 
     Raises:
         FileNotFoundError: If exported code does not hold all modules.
     """
     folder = Path(folder)
     # Read before writing: the folder may be the one that the code runs from.
-    texts = {path.name: _flat(path.read_text(encoding="utf-8")) for path in _module_paths()}
-    texts[f"{ENTRY_MODULE}.py"] = _entry_text()
+    texts = {path.name: _flat(path.read_text(encoding="utf-8")) for path in _module_paths(subclass_modules)}
+    texts[f"{ENTRY_MODULE}.py"] = _entry_text(subclass_modules)
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8", newline="\n")
 
 
-def _module_paths() -> Iterator[Path]:
+def _module_paths(subclass_modules: tuple[str, ...]) -> Iterator[Path]:
     here = Path(__file__).resolve().parent
     is_flat = (here / "modeling_mmar.py").is_file()
-    for subfolder, modules in REMOTE_MODULES.items():
+    for subfolder, modules in (*REMOTE_MODULES.items(), (SUBCLASS_FOLDER, subclass_modules)):
         for module in modules:
             path = (here if is_flat else here.parent / subfolder) / f"{module}.py"
             if not path.is_file():
@@ -111,7 +115,7 @@ def _flat(text: str) -> str:
     return _IMPORT_BETWEEN_FOLDERS.sub(r"\1.\2", text)
 
 
-def _entry_text() -> str:
+def _entry_text(subclass_modules: tuple[str, ...]) -> str:
     """The text of `ENTRY_MODULE`."""
-    names = sorted(module for modules in REMOTE_MODULES.values() for module in modules)
+    names = sorted(module for modules in (*REMOTE_MODULES.values(), subclass_modules) for module in modules)
     return _ENTRY_TEMPLATE.format(lines="".join(f"    from .{name} import *  # noqa: F403\n" for name in names))

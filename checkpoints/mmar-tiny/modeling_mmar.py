@@ -89,7 +89,7 @@ class MMARCausalLMOutputWithPast(ModelOutput):
     timesteps: Tensor | None = None
 
 
-class _KeepsDtype(nn.Module):
+class KeepsDtype(nn.Module):
     """A module that stays in its own dtype, float32, when the model around it is cast."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
@@ -100,11 +100,11 @@ class _KeepsDtype(nn.Module):
         return super()._apply(keep_dtype, recurse)
 
 
-class MMARAutoencoderKL(_KeepsDtype, AutoencoderKL):
+class MMARAutoencoderKL(KeepsDtype, AutoencoderKL):
     """diffusers' `AutoencoderKL` in float32."""
 
 
-class MMARRotaryEmbedding(_KeepsDtype, Qwen2RotaryEmbedding):
+class MMARRotaryEmbedding(KeepsDtype, Qwen2RotaryEmbedding):
     """Qwen2's frequencies in float32, cast or loaded: in bfloat16 the positions of a long text run into each other."""
 
 
@@ -179,6 +179,7 @@ class MMARModel(MMARPreTrainedModel):
         latent_tokens: Tensor | None = None,
         latent_mask: Tensor | None = None,
         image_token_mask: Tensor | None = None,
+        image_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
@@ -193,6 +194,8 @@ class MMARModel(MMARPreTrainedModel):
             latent_tokens (`torch.FloatTensor` of shape `(I, N, C)`, *optional*): The pictures, in reading order.
             latent_mask (`torch.BoolTensor` of shape `(I, N)`, *optional*): True where a latent is hidden.
             image_token_mask (`torch.BoolTensor` of shape `(B, L)`, *optional*): True at image tokens.
+            image_embeds (`torch.FloatTensor` of shape `(I, N, D)`, *optional*): In place of `latent_tokens`, what
+                `latent_encoder` would make of them.
             use_cache (`bool`, *optional*): Return the cache.
 
         Returns:
@@ -206,12 +209,13 @@ class MMARModel(MMARPreTrainedModel):
             raise ValueError("expected exactly one of `input_ids` and `inputs_embeds`; pass one of them.")
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         # A decoding step has no image tokens; not looking for them avoids a host sync.
-        is_decoding = latent_tokens is None and past_key_values is not None and image_token_mask is None
+        pictures = latent_tokens if image_embeds is None else image_embeds
+        is_decoding = pictures is None and past_key_values is not None and image_token_mask is None
         if image_token_mask is None and input_ids is not None and not (is_decoding and input_ids.shape[1] == 1):
             image_token_mask = input_ids == self.config.image_token_id
         if image_token_mask is not None and not bool(image_token_mask.any()):
             image_token_mask = None
-        self._check_images(image_token_mask, latent_tokens)
+        self._check_images(image_token_mask, pictures)
 
         # 1. Embed the text; the placeholder's own embedding is never read.
         text_needs_gradient = inputs_embeds is not None and inputs_embeds.requires_grad
@@ -228,8 +232,9 @@ class MMARModel(MMARPreTrainedModel):
 
         # 2. Embed the pictures and put them in their places (Fig. 2).
         if image_token_mask is not None:
-            image_embeds = self.latent_encoder(latent_tokens, latent_mask).to(inputs_embeds)
-            inputs_embeds = inputs_embeds.masked_scatter(image_token_mask[..., None], image_embeds)
+            if image_embeds is None:
+                image_embeds = self.latent_encoder(latent_tokens, latent_mask)
+            inputs_embeds = inputs_embeds.masked_scatter(image_token_mask[..., None], image_embeds.to(inputs_embeds))
 
         # 3. Positions and attention: causal text, bidirectional pictures.
         if position_ids is None:
@@ -277,9 +282,9 @@ class MMARModel(MMARPreTrainedModel):
             outputs.past_key_values.mmar_position_ids = torch.cat([cached.to(position_ids), position_ids], dim=1)
         return outputs
 
-    def _check_images(self, image_token_mask: Tensor | None, latent_tokens: Tensor | None) -> None:
+    def _check_images(self, image_token_mask: Tensor | None, pictures: Tensor | None) -> None:
         num_tokens = 0 if image_token_mask is None else int(image_token_mask.sum())
-        num_images = 0 if latent_tokens is None else len(latent_tokens)
+        num_images = 0 if pictures is None else len(pictures)
         if num_tokens != num_images * self.config.num_latents:
             raise ValueError(
                 f"expected {self.config.num_latents} image tokens (id {self.config.image_token_id}) for each of the "
@@ -341,18 +346,66 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
     output_modalities = ("text", "image")
     # Losses are means, so the Trainer scales them for gradient accumulation.
     accepts_loss_kwargs = False
+    # What a subclass replaces: all up to the heads, and what makes latents of pictures and pictures of latents.
+    model_class = MMARModel
+    vae_class = MMARAutoencoderKL
+    # Modules of a subclass, to be exported beside MMAR's own.
+    remote_modules: tuple[str, ...] = ()
 
     def __init__(self, config: MMARConfig):
         super().__init__(config)
-        self.model = MMARModel(config)
+        self.model = self.model_class(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.add_image_head()
+        # Last, since the first parameter's dtype is the model's. Its own config holds the latent scale.
+        self.vae = self.vae_class(**config.vae_config)
+        self.post_init()
+        self.freeze()
+
+    # ---------------------------------------------------------------------- what another kind of image token replaces
+
+    def add_image_head(self) -> None:
+        """Adds the modules that draw an image token from its z."""
+        config = self.config
         self.diffusion_mlp = MMARDiffusionMLP(
             config.diffusion_config, config.latent_channels, config.text_config.hidden_size
         )
-        # Last, since the first parameter's dtype is the model's. Its own config holds the latent scale.
-        self.vae = MMARAutoencoderKL(**config.vae_config)
-        self.post_init()
-        self.freeze()
+
+    @property
+    def image_head(self) -> nn.Module:
+        """What draws an image token from its z."""
+        return self.diffusion_mlp
+
+    def embed_pictures(
+        self,
+        latent_tokens: Tensor,
+        latent_mask: Tensor | None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Latents `(I, N, C)` to the LLM's inputs `(I, N, D)`, and to what `image_losses` is told of each of them."""
+        return self.model.latent_encoder(latent_tokens, latent_mask), latent_tokens
+
+    def image_losses(
+        self,
+        latent_tokens: Tensor,
+        z: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_tokens: list[int] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The image loss of each of M tokens `(M, C)` at each of its timesteps; see `diffusion_losses`."""
+        diffusion = self.config.diffusion_config
+        return diffusion_losses(
+            self.diffusion_mlp,
+            latent_tokens,
+            z,
+            cosine_alphas_cumprod(diffusion.num_train_timesteps).to(z.device),
+            diffusion.prediction_type,
+            diffusion.diffusion_batch_mul,
+            generator,
+            num_tokens,
+        )
+
+    # ------------------------------------------------------------------------------------------- loading and saving
 
     @classmethod
     def from_pretrained(
@@ -457,7 +510,7 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             for path, is_new in zip(weights, written, strict=True):
                 if any(written) and not is_new:
                     path.unlink(missing_ok=True)
-            export_remote_code(save_directory)
+            export_remote_code(save_directory, self.remote_modules)
             if push_to_hub:
                 self.push_to_hub(repo_id, max_shard_size=max_shard_size, frozen=frozen, **hub_kwargs)
 
@@ -632,6 +685,11 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             ImageWeights.drop(self.model.language_model)
         return self
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
+        # Moved or cast, the model needs others, and these would stay where it was.
+        ImageWeights.drop(self.model.language_model)
+        return super()._apply(fn, recurse)
+
     # ----------------------------------------------------------------------------------------------------- latents
 
     def encode_images(
@@ -675,6 +733,13 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             ValueError: If the pictures have another size than the config's, are integers, or have values outside
                 [-1, 1].
         """
+        self._check_pictures(pixel_values)
+        with torch.autocast(pixel_values.device.type, enabled=False):
+            posterior = self.vae.encode(pixel_values.to(self.vae.dtype)).latent_dist
+        shift, scale = self._latent_shift_and_scale(posterior.mean)
+        return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
+
+    def _check_pictures(self, pixel_values: Tensor) -> None:
         size = self.config.image_size
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):
             raise ValueError(
@@ -692,10 +757,6 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
                 f"`pixel_values` must be finite and in [-1, 1]; got values up to {float(pixel_values.abs().max())}. "
                 "`MMARImageProcessor` scales pictures; bytes are x / 127.5 - 1."
             )
-        with torch.autocast(pixel_values.device.type, enabled=False):
-            posterior = self.vae.encode(pixel_values.to(self.vae.dtype)).latent_dist
-        shift, scale = self._latent_shift_and_scale(posterior.mean)
-        return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         r"""
@@ -824,7 +885,12 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             # The same pictures, by the way that the mask token takes part in.
             latent_mask = torch.zeros(latent_tokens.shape[:2], dtype=torch.bool, device=latent_tokens.device)
 
-        # 2.-5. Mask, embed, build the sequence, run the LLM.
+        # 2., 3. Hide latents, embed the pictures.
+        image_embeds, targets = None, None
+        if latent_tokens is not None:
+            image_embeds, targets = self.embed_pictures(latent_tokens, latent_mask, generator)
+
+        # 4., 5. Build the sequence, run the LLM.
         if image_token_mask is None and input_ids is not None and latent_tokens is not None:
             image_token_mask = input_ids == self.config.image_token_id
         outputs = self.model(
@@ -833,8 +899,7 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            latent_tokens=latent_tokens,
-            latent_mask=latent_mask,
+            image_embeds=image_embeds,
             image_token_mask=image_token_mask,
             use_cache=use_cache,
             **kwargs,
@@ -842,17 +907,7 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         hidden_states = outputs.last_hidden_state
 
         # 6. Text head: in training only labelled positions pass the lm_head.
-        logits, text_loss = None, None
-        if labels is not None:
-            labels = labels.to(hidden_states.device)
-            predicts = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) != IGNORE_INDEX
-            targets = labels[:, 1:][predicts[:, :-1]]
-            if len(targets):
-                text_loss = F.cross_entropy(self.lm_head(hidden_states[predicts]).float(), targets)
-        if labels is None or not self.training:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
-            kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else kept
-            logits = self.lm_head(hidden_states[:, kept])
+        logits, text_loss = self.text_head(hidden_states, labels, logits_to_keep)
 
         # 7. Image head: z at a hidden latent predicts that latent (Eq. 8).
         z, image_loss, token_losses, timesteps = None, None, None, None
@@ -860,23 +915,16 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             # (B, L, D) -> (I, N, D)
             z = hidden_states[image_token_mask].view(*latent_tokens.shape[:2], -1)
             if latent_mask is not None and bool(latent_mask.any()):
-                diffusion = self.config.diffusion_config
-                token_losses, timesteps = diffusion_losses(
-                    self.diffusion_mlp,
-                    latent_tokens[latent_mask],
-                    z[latent_mask],
-                    cosine_alphas_cumprod(diffusion.num_train_timesteps).to(z.device),
-                    diffusion.prediction_type,
-                    diffusion.diffusion_batch_mul,
-                    generator,
-                    latent_mask.sum(-1).tolist() if isinstance(generator, list) else None,
+                num_tokens = latent_mask.sum(-1).tolist() if isinstance(generator, list) else None
+                token_losses, timesteps = self.image_losses(
+                    targets[latent_mask], z[latent_mask], generator, num_tokens
                 )
                 image_loss, token_losses = token_losses.mean(), token_losses.detach()
 
         parts = zip(loss_weights, (text_loss, image_loss), strict=True)
         losses = [weight * part for weight, part in parts if part is not None]
         if self.training and losses:
-            losses.append(self._unused_heads(hidden_states, text_loss, image_loss, latent_tokens))
+            losses.append(self._unused_heads(hidden_states, text_loss, image_loss, targets))
         result = MMARCausalLMOutputWithPast(
             loss=sum(losses) if losses else None,
             text_loss=text_loss,
@@ -891,22 +939,41 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         )
         return result.to_tuple() if return_dict is False else result
 
+    def text_head(
+        self, hidden_states: Tensor, labels: Tensor | None, logits_to_keep: int | Tensor = 0
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Logits of hidden states `(B, L, D)` where they are wanted, and the text loss where there are labels."""
+        logits, text_loss = None, None
+        if labels is not None:
+            labels = labels.to(hidden_states.device)
+            predicts = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) != IGNORE_INDEX
+            targets = labels[:, 1:][predicts[:, :-1]]
+            if len(targets):
+                text_loss = F.cross_entropy(self.lm_head(hidden_states[predicts]).float(), targets)
+        if labels is None or not self.training:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
+            kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else kept
+            logits = self.lm_head(hidden_states[:, kept])
+        return logits, text_loss
+
     def _unused_heads(
-        self, hidden_states: Tensor, text_loss: Tensor | None, image_loss: Tensor | None, latent_tokens: Tensor | None
+        self, hidden_states: Tensor, text_loss: Tensor | None, image_loss: Tensor | None, targets: Tensor | None
     ) -> Tensor:
         """Zero, through the parts that a batch leaves out: all ranks must run the same ones."""
-        channels, device = self.config.latent_channels, hidden_states.device
+        device = hidden_states.device
         output = torch.zeros((), device=device)
         if text_loss is None and self.lm_head.weight.requires_grad:
             output = output + self.lm_head(hidden_states[:1, :1]).float().sum()
-        if image_loss is None:
-            timesteps = torch.zeros(1, dtype=torch.long, device=device)
-            noisy = torch.zeros(1, channels, device=device)
-            output = output + self.diffusion_mlp(noisy, timesteps, hidden_states[:1, 0]).sum()
-        if latent_tokens is None:
-            tokens = torch.zeros(1, self.config.num_latents, channels, device=device)
+        # Not from the generator of all, which must not hang on what a batch holds.
+        generator = torch.Generator(device).manual_seed(0)
+        if targets is None:
+            tokens = torch.zeros(1, self.config.num_latents, self.config.latent_channels, device=device)
             nothing_hidden = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=device)
-            output = output + self.model.latent_encoder(tokens, nothing_hidden).float().sum()
+            embeds, targets = self.embed_pictures(tokens, nothing_hidden, generator)
+            output = output + embeds.float().sum()
+        if image_loss is None:
+            losses, _ = self.image_losses(targets[:1, 0], hidden_states[:1, 0], generator)
+            output = output + losses.sum()
         return 0.0 * output
 
     # ------------------------------------------------------------------------------------------------ text generation

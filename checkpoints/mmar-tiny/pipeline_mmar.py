@@ -101,7 +101,8 @@ class MMARPipeline(DiffusionPipeline):
     @staticmethod
     def _check_components(model: Any, processor: Any, scheduler: Any) -> None:
         """Raises a `ValueError` if the components are not MMAR's, or not made for each other."""
-        if getattr(getattr(model, "config", None), "model_type", None) != "mmar":
+        # "mmar", or of a model that builds on it.
+        if not str(getattr(getattr(model, "config", None), "model_type", None)).startswith("mmar"):
             raise ValueError(f"`model` must be an MMARForConditionalGeneration; got {type(model).__name__}.")
         if not hasattr(model, "generate_images"):
             raise ValueError(f"`model` must be an MMARForConditionalGeneration; got {type(model).__name__}.")
@@ -216,20 +217,20 @@ class MMARPipeline(DiffusionPipeline):
         negative_prompt: str | list[str | None] | None = None,
         guidance_scale: float | None = None,
         guidance_schedule: str = "constant",
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
-        preset: str | None = None,
         num_ar_steps: int | None = None,
         num_inference_steps: int | tuple[int, int] | None = None,
-        order: str = "random",
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         latent_mask: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        merge_image_weights: bool | None = None,
         callback_on_step_end: Callable[["MMARPipeline", int, int, dict[str, Tensor]], dict[str, Tensor]] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
+        preset: str | None = None,
+        order: str = "random",
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        merge_image_weights: bool | None = None,
     ) -> MMARPipelineOutput | tuple:
         r"""
         Draws pictures.
@@ -242,15 +243,9 @@ class MMARPipeline(DiffusionPipeline):
                 `model.config.image_generation`, like the two steps below.
             guidance_schedule (`str`, *optional*, defaults to `"constant"`): `"linear"` raises w from 1 to
                 `guidance_scale` as the picture fills.
-            guidance_interval (`tuple[float, float]`, *optional*, defaults to `(0.0, 1.0)`): The diffusion steps that
-                are guided, as shares of all of them from the noisiest on.
-            preset (`str`, *optional*): `"paper"`, `"balanced"` or `"fast"`, for the two step numbers and the
-                scheduler, in place of `pipe.scheduler`; what is given wins.
             num_ar_steps (`int`, *optional*): Autoregressive steps, between 1 and the number of latents to draw.
             num_inference_steps (`int` or `tuple[int, int]`, *optional*): Diffusion steps per token, or those of the
                 first and the last autoregressive step, with even changes between.
-            order (`str`, *optional*, defaults to `"random"`): In which latents are drawn: `"random"`, as the model was
-                trained, `"checkerboard"`, at random but first those that share no side, or `"raster"`, row by row.
             num_images_per_prompt (`int`, *optional*, defaults to 1): Pictures per prompt, beside each other in the
                 output.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): One per picture, or one from which
@@ -260,9 +255,6 @@ class MMARPipeline(DiffusionPipeline):
             latent_mask (`torch.BoolTensor` of shape `(B, N)`, *optional*): True where to draw; with `latents`.
             output_type (`str`, *optional*, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
             return_dict (`bool`, *optional*, defaults to `True`): False returns a tuple.
-            merge_image_weights (`bool`, *optional*): Draw by weights with PLoRA merged in: the same up to rounding and
-                faster, for a second copy of the language model's layers in memory. By default where the accelerator
-                has room for it.
             callback_on_step_end (`Callable`, *optional*): Called after each autoregressive step as
                 `callback(pipe, step, step, callback_kwargs)`. The step comes twice, since diffusers' third argument
                 is a timestep, of which every step here runs through all. It returns a dict, whose "latents", if
@@ -270,6 +262,15 @@ class MMARPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `("latents",)`): What
                 `callback_kwargs` holds: `"latents"`, the partial ones `(B, C, h, w)`, zero where nothing is drawn, and
                 `"latent_mask"` `(B, N)`, True where nothing is drawn yet.
+            preset (`str`, *optional*): `"paper"`, `"balanced"` or `"fast"`, for the two step numbers, where
+                they are not given, and for the scheduler, in place of `pipe.scheduler`.
+            order (`str`, *optional*, defaults to `"random"`): In which latents are drawn: `"random"`, as the model was
+                trained, `"checkerboard"`, at random but first those that share no side, or `"raster"`, row by row.
+            guidance_interval (`tuple[float, float]`, *optional*, defaults to `(0.0, 1.0)`): The diffusion steps that
+                are guided, as shares of all of them from the noisiest on.
+            merge_image_weights (`bool`, *optional*): Draw by weights with PLoRA merged in: the same up to rounding and
+                faster, for a second copy of the language model's layers in memory. By default where the accelerator
+                has room for it.
 
         Returns:
             `MMARPipelineOutput`, or a tuple with its `images`.

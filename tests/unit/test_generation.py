@@ -681,7 +681,17 @@ ERRORS = {
     "order": ({"order": "spiral"}, "`order` must be one of random, checkerboard, raster; got 'spiral'"),
     "three step numbers": ({"num_inference_steps": (3, 2, 1)}, "must be an integer; got .3, 2, 1.. Two of them"),
     "last step number": ({"num_inference_steps": (3, 0)}, r"between 1 and 1000.*got \(3, 0\)"),
-    "interval": ({"guidance_interval": (0.5, 0.2)}, r"two shares in \[0, 1\], the lesser first; got \(0.5, 0.2\)"),
+    "interval": (
+        {"guidance_interval": (0.5, 0.2)},
+        r"two different shares in \[0, 1\], the lesser first; got \(0.5, 0.2\)",
+    ),
+    "empty interval": (
+        {"guidance_interval": (0.5, 0.5)},
+        "two different shares.*`guidance_scale=1` turns guidance off",
+    ),
+    "preset type": ({"preset": ["paper"]}, r"`preset` must be one of paper, balanced, fast; got \['paper'\]"),
+    "merging": ({"merge_image_weights": "no"}, "`merge_image_weights` must be True, False or None; got 'no'"),
+    "no text": ({"input_ids": torch.ones(2, 0, dtype=torch.long)}, r"at least one row and one token; got \(2, 0\)"),
     "half an interval": ({"guidance_interval": 0.5}, "must be two shares of the diffusion steps; got 0.5"),
     "guidance schedule": ({"guidance_schedule": "cosine"}, "must be one of constant, linear; got 'cosine'"),
     "latents list": (

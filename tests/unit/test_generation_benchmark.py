@@ -77,6 +77,7 @@ def test_every_row_of_the_bar_is_measured(monkeypatch):
     monkeypatch.setattr(generation, "random_model", lambda *args, **kwargs: None)
     for name in ("autoregressive_step", "denoise_steps", "whole_picture", "merged_against_masked", "text_decode"):
         monkeypatch.setattr(generation, name, lambda *args, name=name: made.append((name, *args[1:])) or [])
+    monkeypatch.setattr(generation, "packed_product", lambda number: made.append(("packed_product", number)))
     for make in generation.pairs(tiny_config()):
         make()
     assert made == [
@@ -86,8 +87,26 @@ def test_every_row_of_the_bar_is_measured(monkeypatch):
         ("denoise_steps", 16),
         ("whole_picture",),
         ("merged_against_masked",),
+        ("packed_product", 2),
+        ("packed_product", 32),
+        ("packed_product", 512),
         ("text_decode",),
     ]
+
+
+def test_bars(model):
+    """Those of the issue that set them."""
+    bars = {pair.plain_name: pair.bar for pair in generation.denoise_steps(model, 1)}
+    assert bars == {"plain protocol": 1.9, "MAR's design": 1.9}
+    assert generation.autoregressive_step(model).bar == 2.4
+    assert generation.whole_picture(model).bar == 2.2
+    assert generation.text_decode(model).bar == 0.97
+
+
+@torch.no_grad()
+def test_packed_product():
+    plain, fast = outputs(generation.packed_product(32))
+    torch.testing.assert_close(fast, plain, atol=1e-4, rtol=1e-4)
 
 
 def test_ratios_of_turns():
@@ -103,7 +122,8 @@ def test_ratios_of_turns():
 @torch.no_grad()
 def test_the_gpus_benchmark_runs(model):
     """On a CPU, where it measures what there is: stages of the plain way and of ours, sums, presets."""
-    lines = list(gpu.measure(model, "tiny", [1, 2], gpu.CARDS["H100"]))
+    card = (1e12, 1e14)
+    lines = list(gpu.measure(model, "tiny", [1, 2], card))
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert all(len(row) == gpu.HEAD.splitlines()[0].count("|") - 1 for row in cells)
     stages = ["language model", "EmbeddingViT", "denoise loop, 100 steps", "16 x 100, sum of rounds"]
@@ -112,6 +132,27 @@ def test_the_gpus_benchmark_runs(model):
     expected = [("plain", what) for what in stages] + [("MMAR", what) for what in stages + drawn]
     assert [(row[2], row[3]) for row in cells] == expected * 2
     assert [row[1] for row in cells] == ["1"] * 11 + ["2"] * 11
-    assert all(float(row[4].split()[0]) >= 0 for row in cells)
-    page = gpu.report(lines, "a card")
-    assert lines[-1] in page and "a card, bfloat16" in page
+    # Sixteen rounds of the three stages, in seconds; far above a floor of 1 TB/s.
+    total = 16 * sum(float(row[4].split()[0]) for row in cells[:3]) / 1000
+    assert float(cells[3][4].split()[0]) == pytest.approx(total, abs=0.05)
+    assert all(float(row[7]) > 1 for row in cells if row[3] in stages)
+    page = gpu.report(lines, "a card", torch.float32, card)
+    assert lines[-1] in page and "a card, torch.float32, floors from 1.00 TB/s and 100 TFLOP/s" in page
+    without = list(gpu.measure(model, "tiny", [1], None))
+    assert without[0].endswith(" |  |") and "floor is left out" in gpu.report(without, "x", torch.float32, None)
+
+
+@torch.no_grad()
+def test_floors_by_hand(model):
+    """Weights are read once, the head's own once a step; a multiply-add is two operations."""
+    stage = gpu.denoise_stage(model, 2, 5, is_plain=False)
+    head = model.diffusion_mlp
+    blocks = 2 * (2 * 32 * 128) + 32 * 16 + 16 * 32  # two blocks' linears, input and output projection
+    modulations = 2 * 3 * 32 * 32 + 2 * 32 * 32
+    others = head.condition_projection.weight.numel() + 256 * 32 + 32 * 32
+    assert stage.weight_bytes == 4 * (5 * blocks + modulations + others)
+    rows = 2 * gpu.BRANCHES
+    condition = head.condition_projection.weight.numel()
+    assert stage.multiply_adds == rows * (5 * (blocks + modulations) + condition) + 5 * (256 * 32 + 32 * 32)
+    assert stage.floor((1e12, 1e9)) == 2 * stage.multiply_adds / 1e9
+    assert stage.floor((1e3, 1e18)) == stage.weight_bytes / 1e3

@@ -1,5 +1,8 @@
 """Linears with packed weights, against torch's."""
 
+import copy
+import platform
+
 import pytest
 import torch
 from helpers import random_text, seeded, tiny_model
@@ -12,6 +15,15 @@ from mmar.modeling_mmar.packed_linear_mmar import PackedLinear, can_pack, packed
 
 # Rounding of sums of 48 products near 1.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="torch may lack the operators elsewhere")
+def test_this_torch_can_pack():
+    """Without it the tests below compare torch with itself."""
+    assert torch.backends.mkldnn.is_available()
+    assert can_pack(torch.float32)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not PackedLinear(torch.zeros(512, 512), num_rows=8).is_packed
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +88,7 @@ def test_within_the_context_only():
         with packed_linears(module, 8):  # another thread's
             pass
         assert isinstance(module[0].forward, PackedLinear) == can_pack(torch.float32)
+        torch.testing.assert_close(copy.deepcopy(module)(inputs), expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(module(inputs), expected)
     with pytest.raises(KeyError), packed_linears(module, 8):
         raise KeyError

@@ -28,6 +28,7 @@ class Pipe:
 
     def __init__(self):
         self.model, self.scheduler, self.calls = Model(2, 2), quality.DDIMScheduler(), []
+        self.device = torch.device("cpu")
 
     def set_progress_bar_config(self, **kwargs):
         pass
@@ -58,6 +59,31 @@ def test_drawings_are_judged_once_and_kept(tmp_path):
     assert type(pipe.scheduler) is quality.DDIMScheduler
     assert quality.run(pipe, ROWS, judge, tmp_path / "drawings", 0, arguments) == judged
     assert len(pipe.calls) == 1
+
+
+@pytest.mark.parametrize("says", ["print('no json')", "raise SystemExit(3)", "print('{}')"])
+def test_a_judge_that_fails(tmp_path, says):
+    judge = tmp_path / "judge.py"
+    judge.write_text(says)
+    with pytest.raises(ValueError, match="expected a JSON of name_top1, .* from judge.py; it ended with"):
+        quality.run(Pipe(), ROWS, judge, tmp_path / "drawings", 0, {})
+    assert not (tmp_path / "drawings" / "judged.json").exists()
+
+
+def test_drawings_of_other_settings_have_other_folders(tmp_path):
+    judge, other_judge, scheduler = tmp_path / "judge.py", tmp_path / "other.py", quality.DDIMScheduler()
+    judge.write_text(JUDGE)
+    other_judge.write_text(JUDGE + "# stricter")
+    folders = {
+        quality.folder_of(tmp_path, judge, scheduler, 0, {"order": "raster"}),
+        quality.folder_of(tmp_path, judge, scheduler, 0, {"order": "random"}),
+        quality.folder_of(tmp_path, judge, scheduler, 3, {"order": "raster"}),
+        quality.folder_of(tmp_path, other_judge, scheduler, 0, {"order": "raster"}),
+        quality.folder_of(tmp_path, judge, quality.DDIMScheduler(steps_offset=1), 0, {"order": "raster"}),
+    }
+    assert len(folders) == 5
+    same = quality.folder_of(tmp_path, judge, quality.DDIMScheduler(), 0, {"order": "raster"})
+    assert same in folders
 
 
 def test_a_folder_belongs_to_a_model_and_its_rows(tmp_path):
