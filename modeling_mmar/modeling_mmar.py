@@ -687,7 +687,8 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
         # Moved or cast, the model needs others, and these would stay where it was.
-        ImageWeights.drop(self.model.language_model)
+        if hasattr(self, "model"):
+            ImageWeights.drop(self.model.language_model)
         return super()._apply(fn, recurse)
 
     # ----------------------------------------------------------------------------------------------------- latents

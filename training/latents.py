@@ -47,6 +47,7 @@ from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from ..processors.image_processing_mmar import MMARImageProcessor, MMARImageProcessorKwargs
 from ..processors.processing_mmar import MMARProcessor
 from .mixture import stable_hash
+from .models import open_model
 from .rows import BadRow, open_pictures, pictures_of
 from .sources import Source, open_source
 from .views import KINDS, distort, restyle
@@ -642,10 +643,11 @@ def main() -> None:
     parser.add_argument("--process_index", type=int, default=rank, help="which of them this is, from 0")
     args = parser.parse_args()
     source = open_source(args.data, _columns(args.columns), args.split)
-    model = MMARForConditionalGeneration.from_pretrained(args.model)
+    model = open_model(args.model)
     processor = MMARProcessor.from_pretrained(args.model)
     # Only the VAE is used from here on; a backbone has gigabytes.
-    del model.model, model.lm_head, model.diffusion_mlp
+    for name in [name for name, _ in model.named_children() if name != "vae"]:
+        delattr(model, name)
     if torch.accelerator.is_available():
         device = int(os.environ.get("LOCAL_RANK", args.process_index)) % torch.accelerator.device_count()
         model.vae.to(torch.device(torch.accelerator.current_accelerator().type, device))

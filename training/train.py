@@ -25,6 +25,7 @@ from .checkpoints import last_whole_checkpoint, num_steps
 from .collator import MMARDataCollator
 from .latents import LatentCache
 from .mixture import Mixture
+from .models import open_model
 from .recipe import DataArguments, SourceArguments, accumulation_steps, parse, read_sources
 from .samples import SampleMaker, StreamedSamples, TrainingSamples, TrainingSource
 from .sources import open_source, open_stream
@@ -113,7 +114,7 @@ def check_same_vae(checkpoint: str, model: MMARForConditionalGeneration) -> None
         ValueError: If the checkpoint was trained on latents of another VAE.
     """
     weights = model.vae.state_dict()
-    resumed = MMARForConditionalGeneration.from_pretrained(checkpoint, dtype="float32")
+    resumed = open_model(checkpoint, dtype="float32")
     stored = resumed.vae.state_dict()
     same = stored.keys() == weights.keys() and all(torch.equal(stored[n], weights[n].cpu()) for n in weights)
     if not same or resumed.config.vae_config != model.config.vae_config:
@@ -138,9 +139,7 @@ def main() -> None:
             data.total_batch_size, args.train_batch_size, args.world_size
         )
     # Saved in bfloat16 or not, the weights are trained in float32; `bf16: true` is autocast.
-    model = MMARForConditionalGeneration.from_pretrained(
-        data.model, dtype="float32", attn_implementation=data.attn_implementation
-    )
+    model = open_model(data.model, dtype="float32", attn_implementation=data.attn_implementation)
     set_seed(args.seed)
     model.config.diffusion_config.diffusion_batch_mul = data.diffusion_batch_mul
     model.freeze(train_backbone=args.train_backbone)

@@ -1,0 +1,266 @@
+"""
+What prediction type and precision do to tokens, on a distribution that one can check (suppl. Sec. 6.8, Fig. 11).
+
+    python -m mmar.ablations.chessboard --out docs/results
+
+Points of a chessboard, whose class is the quadrant, are learned by MMAR's Diffusion MLP with its losses and sampled
+with its sampler. A sample is an error where it lies farther than `MARGIN` from every field of its class. The paper
+gives rates for 1 M samples: below 1e-6 for v in bfloat16, 0.2 % for epsilon in bfloat16, 0.04 % for epsilon in
+float32; board, network and margin are ours, since it gives none.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor, nn
+
+from ..benchmarks.timing import commit, processor, versions
+from ..command import run_command
+from ..modeling_mmar.configuration_mmar import MMARDiffusionConfig
+from ..modeling_mmar.denoising_mmar import LinearSteps
+from ..modeling_mmar.diffusion_mmar import MMARDiffusionMLP, cosine_alphas_cumprod, diffusion_loss
+from ..modeling_mmar.packed_linear_mmar import packed_linears
+
+
+# Fields along each side of the board, of side 1 / 2: unit variance is about what latents have. Classes are quadrants.
+NUM_FIELDS, FIELD = 8, 0.5
+NUM_CLASSES = 4
+# Half a field: blurred edges are no errors, stray points are.
+MARGIN = FIELD / 2
+CONDITION_SIZE, WIDTH, NUM_BLOCKS, NUM_TIMESTEPS = 16, 128, 3, 1000
+BATCH_SIZE, LEARNING_RATE, EMA_DECAY = 2048, 1.0e-3, 0.999
+SAMPLE_BATCH = 20_000
+SYSTEMS = (("v_prediction", "bfloat16"), ("epsilon", "bfloat16"), ("epsilon", "float32"), ("v_prediction", "float32"))
+# Fig. 11 and its text.
+PAPER = {
+    ("v_prediction", "bfloat16"): "< 0.0001 %",
+    ("epsilon", "bfloat16"): "0.2 %",
+    ("epsilon", "float32"): "0.04 %",
+}
+
+
+@dataclass
+class Outcome:
+    """A system, its last loss, and how many of its samples are errors."""
+
+    prediction_type: str
+    dtype: str
+    seed: int
+    loss: float
+    num_samples: int
+    num_errors: int
+    largest: float
+    seconds: float
+
+
+def fields_of(label: int) -> Tensor:
+    """Middles `(F, 2)` of the black fields of a quadrant: 0 left below, 1 right below, 2 left above, 3 right above."""
+    half = NUM_FIELDS // 2
+    columns = torch.arange(half) + half * (label % 2)
+    rows = torch.arange(half) + half * (label // 2)
+    places = torch.cartesian_prod(columns, rows)
+    black = places[(places.sum(-1) % 2) == 0]
+    return (black - (NUM_FIELDS - 1) / 2) * FIELD
+
+
+def sample_board(labels: Tensor, generator: torch.Generator) -> Tensor:
+    """Points `(M, 2)`, even on the black fields of their quadrants."""
+    middles = torch.stack([fields_of(label) for label in range(NUM_CLASSES)])  # (classes, F, 2)
+    field = torch.randint(0, middles.shape[1], labels.shape, generator=generator)
+    inside = torch.rand(len(labels), 2, generator=generator) - 0.5
+    return middles[labels, field] + FIELD * inside
+
+
+def distances(points: Tensor, labels: Tensor) -> Tensor:
+    """How far each point lies from the nearest black field of its quadrant, in the larger coordinate; 0 inside."""
+    result = torch.empty(len(points))
+    for label in range(NUM_CLASSES):
+        own = labels == label
+        away = (points[own, None] - fields_of(label)).abs().amax(-1) - FIELD / 2  # (m, F)
+        result[own] = away.amin(-1).clamp(min=0)
+    # NaN is an error as well.
+    return result.nan_to_num(float("inf"))
+
+
+def make_network(prediction_type: str, seed: int) -> nn.ModuleDict:
+    torch.manual_seed(seed)
+    config = MMARDiffusionConfig(hidden_size=WIDTH, num_hidden_layers=NUM_BLOCKS, prediction_type=prediction_type)
+    network = nn.ModuleDict(
+        {
+            "head": MMARDiffusionMLP(config, latent_channels=2, condition_size=CONDITION_SIZE),
+            "classes": nn.Embedding(NUM_CLASSES, CONDITION_SIZE),
+        }
+    )
+    for module in network["head"].modules():
+        initialization = getattr(module, "initialization", None)
+        if initialization == "zero":
+            nn.init.zeros_(module.weight)
+        elif initialization == "normal":
+            nn.init.normal_(module.weight, std=0.02)  # as MMAR's
+        elif initialization == "xavier":
+            nn.init.xavier_uniform_(module.weight)
+        if initialization is not None:
+            nn.init.zeros_(module.bias)
+    return network
+
+
+def train(network: nn.ModuleDict, prediction_type: str, dtype: torch.dtype, num_steps: int, seed: int) -> float:
+    """Trains in place, with float32 weights and the network in `dtype`; returns the mean loss of the last tenth."""
+    generator = torch.Generator().manual_seed(seed)
+    alphas_cumprod = cosine_alphas_cumprod(NUM_TIMESTEPS)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+    averaged = torch.optim.swa_utils.AveragedModel(
+        network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(EMA_DECAY)
+    )
+    last = []
+    for step in range(num_steps):
+        labels = torch.randint(0, NUM_CLASSES, (BATCH_SIZE,), generator=generator)
+        points = sample_board(labels, generator)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            z = network["classes"](labels)
+            loss = diffusion_loss(network["head"], points, z, alphas_cumprod, prediction_type, generator=generator)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        averaged.update_parameters(network)
+        if step >= 0.9 * num_steps:
+            last.append(loss.item())
+    network.load_state_dict(averaged.module.state_dict())
+    return sum(last) / len(last)
+
+
+@torch.no_grad()
+def sample(
+    network: nn.ModuleDict, scheduler: DDPMScheduler, num_inference_steps: int, num_samples: int, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of points `(M, 2)` and their labels, by a network in its dtype and a sampler in float32 (Sec. 3.3.4)."""
+    scheduler.set_timesteps(num_inference_steps)
+    steps, head = LinearSteps.read_off(scheduler, num_inference_steps), network["head"]
+    generator = torch.Generator().manual_seed(seed)
+    with packed_linears(head, SAMPLE_BATCH):
+        for start in range(0, num_samples, SAMPLE_BATCH):
+            number = min(SAMPLE_BATCH, num_samples - start)
+            labels = torch.randint(0, NUM_CLASSES, (number,), generator=generator)
+            z, points = network["classes"](labels), torch.randn(number, 2, generator=generator)
+            for index, timestep in enumerate(scheduler.timesteps):
+                prediction = head(points, timestep.expand(number), z)
+                points = steps.keep[index] * points + steps.take[index] * prediction
+                if steps.noise_std[index]:
+                    points += steps.noise_std[index] * torch.randn(number, 2, generator=generator)
+            yield points, labels
+
+
+def run(
+    prediction_type: str, dtype_name: str, seed: int, num_steps: int, num_samples: int, num_inference_steps: int
+) -> tuple[Outcome, Tensor, Tensor]:
+    """Trains and samples a system; its outcome, its first points with those that are errors, and which these are."""
+    start, dtype = time.process_time(), getattr(torch, dtype_name)
+    network = make_network(prediction_type, seed)
+    loss = train(network, prediction_type, dtype, num_steps, seed)
+    scheduler = DDPMScheduler(
+        NUM_TIMESTEPS,
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type=prediction_type,
+        timestep_spacing="linspace",
+        clip_sample=False,
+    )
+    shown, wrong, num_errors, largest = [], [], 0, 0.0
+    for points, labels in sample(network.to(dtype), scheduler, num_inference_steps, num_samples, seed):
+        is_error = distances(points, labels) > MARGIN
+        num_errors += int(is_error.sum())
+        largest = max(largest, float(points.abs().max()))
+        kept = is_error.clone()
+        kept[: 2000 if not shown else 0] = True
+        shown.append(points[kept])
+        wrong.append(is_error[kept])
+    seconds = time.process_time() - start
+    outcome = Outcome(prediction_type, dtype_name, seed, loss, num_samples, num_errors, largest, seconds)
+    return outcome, torch.cat(shown), torch.cat(wrong)
+
+
+def plot(clouds: dict[tuple[str, str], tuple[Tensor, Tensor]], file: Path) -> None:
+    """Samples of each system on a scale of its own, errors in red."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * len(clouds), 4), layout="constrained")
+    for axes, ((prediction_type, dtype), (points, wrong)) in zip(
+        figure.subplots(1, len(clouds), squeeze=False)[0], clouds.items(), strict=True
+    ):
+        axes.scatter(*points[~wrong].T.tolist(), s=1, color="tab:blue")
+        axes.scatter(*points[wrong].T.tolist(), s=4, color="tab:red")
+        axes.set(title=f"{prediction_type}, {dtype}: {int(wrong.sum())} errors", aspect="equal")
+    figure.savefig(file)
+
+
+def report(outcomes: list[Outcome], command: str, picture: str, num_inference_steps: int) -> str:
+    """The results as a page of docs/results."""
+    rows = []
+    for prediction_type, dtype in SYSTEMS:
+        own = [item for item in outcomes if (item.prediction_type, item.dtype) == (prediction_type, dtype)]
+        if own:
+            rates = [item.num_errors / item.num_samples for item in own]
+            errors, samples = sum(item.num_errors for item in own), sum(item.num_samples for item in own)
+            rows.append(
+                f"| {prediction_type} | {dtype} | {100 * errors / samples:.4f} % ({errors} of {samples:,}) | "
+                f"{100 * min(rates):.4f} to {100 * max(rates):.4f} % | {max(item.largest for item in own):.2f} | "
+                f"{PAPER.get((prediction_type, dtype), 'not given')} |"
+            )
+    table = "\n".join(rows)
+    return f"""# Chessboard: prediction type and precision (suppl. Sec. 6.8)
+
+{date.today().isoformat()}, commit {commit()}, {processor()}; {versions()}. Written by
+
+    {command}
+
+A Diffusion MLP of {NUM_BLOCKS} x {WIDTH} learns {NUM_FIELDS} x {NUM_FIELDS} fields of side {FIELD} with the quadrant
+as its class; DDPM with {num_inference_steps} steps. A sample is an error where it is more than {MARGIN} from every
+field of its class. Training in bfloat16 is autocast; in sampling the network is in the dtype, the sampler in float32.
+
+| prediction | network | samples that are errors | of single seeds | largest coordinate | paper |
+| --- | --- | ---: | ---: | ---: | ---: |
+{table}
+
+![]({picture})
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, type=Path, help="folder to write the page and the plot to")
+    parser.add_argument("--num_steps", type=int, default=10_000, help="of training, each of 2,048 points")
+    parser.add_argument("--num_samples", type=int, default=1_000_000, help="per system and seed")
+    parser.add_argument("--num_inference_steps", type=int, default=100, help="of DDPM")
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    args = parser.parse_args()
+    if min(args.num_steps, args.num_samples, args.seeds) < 1 or args.num_inference_steps < 2:
+        parser.error("--num_steps, --num_samples and --seeds must be at least 1, and --num_inference_steps 2")
+    outcomes, clouds = [], {}
+    for prediction_type, dtype in SYSTEMS:
+        for seed in range(args.seeds):
+            outcome, points, wrong = run(
+                prediction_type, dtype, seed, args.num_steps, args.num_samples, args.num_inference_steps
+            )
+            outcomes.append(outcome)
+            clouds.setdefault((prediction_type, dtype), (points, wrong))
+            print(json.dumps(asdict(outcome)), flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    name = f"{date.today().isoformat()}_chessboard"
+    plot(clouds, args.out / f"{name}.png")
+    command = f"python -m mmar.ablations.chessboard --out {args.out}"
+    for option in ("num_steps", "num_samples", "num_inference_steps", "seeds"):
+        command += f" --{option} {getattr(args, option)}"
+    page = report(outcomes, command, f"{name}.png", args.num_inference_steps)
+    (args.out / f"{name}.md").write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,68 @@
+"""The chessboard experiment: its data, what counts as an error, and a run that a test can afford."""
+
+import pytest
+import torch
+from helpers import seeded
+
+from mmar.ablations import chessboard
+from mmar.ablations.chessboard import MARGIN, distances, fields_of, sample_board
+
+
+def test_fields_of_quadrants():
+    middles = torch.cat([fields_of(label) for label in range(4)])
+    # Half of 64 fields, each once, on a board from -2 to 2.
+    assert len(middles) == 32 == len(middles.unique(dim=0)) and float(middles.abs().max()) == 1.75
+    left_below, right_above = fields_of(0), fields_of(3)
+    assert (left_below < 0).all() and (right_above > 0).all()
+    # Neighbours along a row or column are a field apart: a chessboard has no two black ones.
+    away = (middles[:, None] - middles).abs().sum(-1) + 9 * torch.eye(32)
+    assert float(away.min()) == 1.0
+
+
+def test_samples_lie_on_their_fields():
+    labels = torch.randint(0, 4, (4000,), generator=seeded(0))
+    points = sample_board(labels, seeded(1))
+    assert float(distances(points, labels).max()) == 0
+    # Other classes' points are errors, but for those of a neighbouring field's edge.
+    assert (distances(points, (labels + 1) % 4) > MARGIN).float().mean() > 0.9
+    assert 0.9 < float(points.std()) < 1.4
+
+
+def test_distances_by_hand():
+    middle = fields_of(2)[0]
+    points = torch.stack([middle, middle + torch.tensor([0.25, 0.0]), middle + torch.tensor([-9.0, 0.0])])
+    points = torch.cat([points, torch.full((1, 2), float("nan"))])
+    away = distances(points, torch.full((4,), 2))
+    assert away[0] == 0 and float(away[1]) == pytest.approx(0, abs=1e-6) and away[2] > 6
+    assert away[3] == float("inf")
+
+
+def short_run(monkeypatch, prediction_type, dtype):
+    monkeypatch.setattr(chessboard, "BATCH_SIZE", 256)
+    # Over fewer steps.
+    monkeypatch.setattr(chessboard, "EMA_DECAY", 0.95)
+    return chessboard.run(prediction_type, dtype, 0, 300, 1000, 20)
+
+
+def test_v_learns_the_board_in_a_short_run(monkeypatch):
+    outcome, points, wrong = short_run(monkeypatch, "v_prediction", "bfloat16")
+    # Even points on the whole board would be errors in more than half of the cases, and nothing strays off it.
+    assert outcome.num_errors < 150 and outcome.largest < 3.5
+    assert outcome.num_samples == 1000 == len(points) == len(wrong) and int(wrong.sum()) == outcome.num_errors
+    assert short_run(monkeypatch, "v_prediction", "bfloat16")[0].num_errors == outcome.num_errors
+
+
+def test_epsilon_strays_in_a_short_run(monkeypatch):
+    """Its errors are divided by the root of alpha-bar, 5e-5 at the last timestep (Eq. 18): what the page is about."""
+    outcome, _, _ = short_run(monkeypatch, "epsilon", "float32")
+    assert outcome.largest > 30 and outcome.num_errors > 150
+
+
+def test_page_and_plot(tmp_path):
+    outcomes = [chessboard.Outcome("epsilon", "bfloat16", seed, 0.1, 1000, 2 + seed, 5.0, 1.0) for seed in range(2)]
+    page = chessboard.report(outcomes, "the command", "cloud.png", 100)
+    assert "| epsilon | bfloat16 | 0.2500 % (5 of 2,000) | 0.2000 to 0.3000 % | 5.00 | 0.2 % |" in page
+    assert "the command" in page and "![](cloud.png)" in page
+    points = torch.randn(20, 2)
+    chessboard.plot({("epsilon", "bfloat16"): (points, points[:, 0] > 1)}, tmp_path / "cloud.png")
+    assert (tmp_path / "cloud.png").stat().st_size > 1000
