@@ -25,7 +25,13 @@ from ..benchmarks.timing import commit, processor, versions
 from ..command import run_command
 from ..modeling_mmar.configuration_mmar import MMARDiffusionConfig
 from ..modeling_mmar.denoising_mmar import LinearSteps
-from ..modeling_mmar.diffusion_mmar import MMARDiffusionMLP, cosine_alphas_cumprod, diffusion_loss
+from ..modeling_mmar.diffusion_mmar import (
+    TIMESTEP_INITIAL_STD,
+    MMARDiffusionLinear,
+    MMARDiffusionMLP,
+    cosine_alphas_cumprod,
+    diffusion_loss,
+)
 from ..modeling_mmar.packed_linear_mmar import packed_linears
 
 
@@ -89,26 +95,26 @@ def distances(points: Tensor, labels: Tensor) -> Tensor:
     return result.nan_to_num(float("inf"))
 
 
+def start_as_mmar(head: MMARDiffusionMLP) -> MMARDiffusionMLP:
+    """Draws a head's weights as `MMARForConditionalGeneration` does, outside of it."""
+    for module in head.modules():
+        if isinstance(module, MMARDiffusionLinear):
+            if module.initialization == "zero":
+                nn.init.zeros_(module.weight)
+            elif module.initialization == "normal":
+                nn.init.normal_(module.weight, std=TIMESTEP_INITIAL_STD)
+            else:
+                nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    return head
+
+
 def make_network(prediction_type: str, seed: int) -> nn.ModuleDict:
+    """A head and the embedding of its classes."""
     torch.manual_seed(seed)
     config = MMARDiffusionConfig(hidden_size=WIDTH, num_hidden_layers=NUM_BLOCKS, prediction_type=prediction_type)
-    network = nn.ModuleDict(
-        {
-            "head": MMARDiffusionMLP(config, latent_channels=2, condition_size=CONDITION_SIZE),
-            "classes": nn.Embedding(NUM_CLASSES, CONDITION_SIZE),
-        }
-    )
-    for module in network["head"].modules():
-        initialization = getattr(module, "initialization", None)
-        if initialization == "zero":
-            nn.init.zeros_(module.weight)
-        elif initialization == "normal":
-            nn.init.normal_(module.weight, std=0.02)  # as MMAR's
-        elif initialization == "xavier":
-            nn.init.xavier_uniform_(module.weight)
-        if initialization is not None:
-            nn.init.zeros_(module.bias)
-    return network
+    head = start_as_mmar(MMARDiffusionMLP(config, latent_channels=2, condition_size=CONDITION_SIZE))
+    return nn.ModuleDict({"head": head, "classes": nn.Embedding(NUM_CLASSES, CONDITION_SIZE)})
 
 
 def train(network: nn.ModuleDict, prediction_type: str, dtype: torch.dtype, num_steps: int, seed: int) -> float:
