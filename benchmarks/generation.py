@@ -194,9 +194,8 @@ def denoise_steps(model: MMARForConditionalGeneration, num_tokens: int) -> list[
         return denoiser(z, [GUIDANCE] * NUM_STEPS, [torch.Generator().manual_seed(SEED)])
 
     name = f"denoise step, {num_tokens} token{'s' if num_tokens > 1 else ''}"
-    is_first = num_tokens == 1
-    return [
-        Pair(name, "plain protocol", plain, fast, NUM_STEPS, "step", bar=1.9 if is_first else None),
+    pairs = [
+        Pair(name, "plain protocol", plain, fast, NUM_STEPS, "step", bar=1.9),
         Pair(
             name,
             "MAR's design",
@@ -207,6 +206,8 @@ def denoise_steps(model: MMARForConditionalGeneration, num_tokens: int) -> list[
             bar=1.9,
         ),
     ]
+    # The plain protocol takes one token after the other: more of them say nothing new, and take minutes.
+    return pairs if num_tokens == 1 else pairs[1:]
 
 
 def whole_picture(model: MMARForConditionalGeneration) -> Pair:
