@@ -51,7 +51,11 @@ def test_parts_on_disk_give_the_same(folder, tmp_path, on_disk):
     device_map = {name: "disk" if name in on_disk else "cpu" for name in modules}
     model = MMARForConditionalGeneration.from_pretrained(folder, device_map=device_map, offload_folder=tmp_path)
     assert any(parameter.device.type == "meta" for parameter in model.parameters())
-    assert same(outputs_of(model, plain.processor), outputs_of(plain.model, plain.processor))
+    got, expected = outputs_of(model, plain.processor), outputs_of(plain.model, plain.processor)
+    for name in ("latents", "picture"):
+        # Layers on the disk are called as they are; the plain model's run by merged weights, with other roundings.
+        torch.testing.assert_close(got.pop(name), expected.pop(name), atol=1e-4, rtol=1e-4)
+    assert same(got, expected)
     model.save_pretrained(tmp_path / "again")
     again = MMARForConditionalGeneration.from_pretrained(tmp_path / "again")
     assert same(again.state_dict(), plain.model.state_dict())
