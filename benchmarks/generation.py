@@ -307,7 +307,7 @@ def pairs(config: MMARConfig) -> list[Callable[[], list[Pair]]]:
             lambda number=number: denoise_steps(random_model(config, llm=1, vit=1, head=8), number)
             for number in (1, 4, 16)
         ),
-        lambda: [whole_picture(random_model(config, llm=3, vit=2, head=1, image_size=128))],
+        lambda: [whole_picture(random_model(config, llm=3, vit=2, head=1, image_size=64))],
         lambda: [merged_against_masked(random_model(config, llm=2, vit=1, head=1))],
         lambda: [packed_product(number) for number in (2, 32, 512)],
         lambda: [text_decode(random_model(config, llm=4, vit=1, head=1, vocab=vocab))],
@@ -335,7 +335,7 @@ def report(rows: list[str], num_runs: int) -> str:
 {date.today().isoformat()}, commit {commit()}, {processor()}, one thread, float32, {packed}; {versions()}.
 Written by `python -m mmar.benchmarks.generation`. Widths of MMAR-0.5B with random weights: AR step and whole picture
 with 3 layers of the language model, 2 of EmbeddingViT and one block of the head, an eighth of each; the picture has
-64 latents, {NUM_STEPS} diffusion steps each; merging its weights is not in its time, since they are kept between
+16 latents, {NUM_STEPS} diffusion steps each; merging its weights is not in its time, since they are kept between
 pictures. CPU time, medians of {num_runs} runs in turn; in brackets the middle half of the ratios.{memory}
 
 {HEAD}
