@@ -13,23 +13,16 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..modeling_mmar.configuration_mmar import MMARConfig
+from ..modeling_mmar.configuration_mmar import KL16_CONFIG, MMARConfig
 from ..modeling_mmar.modeling_mmar import KeepsDtype, MMARForConditionalGeneration
 
 
-# LDM's vq-f16 in diffusers' terms: 16,384 codes of 8 channels, 16 x 16 of them for a 256 x 256 picture.
+# LDM's vq-f16 in diffusers' terms: KL-16's network, 16,384 codes of 8 channels, 16 x 16 for a 256 x 256 picture.
 VQ16_CONFIG = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "down_block_types": ["DownEncoderBlock2D"] * 4 + ["AttnDownEncoderBlock2D"],
-    "up_block_types": ["AttnUpDecoderBlock2D"] + ["UpDecoderBlock2D"] * 4,
-    "block_out_channels": [128, 128, 256, 256, 512],
-    "layers_per_block": 2,
+    **{name: value for name, value in KL16_CONFIG.items() if name != "scaling_factor"},
     "latent_channels": 8,
     "vq_embed_dim": 8,
     "num_vq_embeddings": 16384,
-    "norm_num_groups": 32,
-    "sample_size": 256,
 }
 AUTO_MAP = {
     "AutoConfig": "modeling_vq_mmar.MMARVQConfig",
