@@ -4,6 +4,9 @@ latent encoder that was trained with the VAE, where there is one.
 
     python -m mmar.training.init_tiny --config configs/mmar-tiny --data checkpoints/emoji-lite/train.parquet \
         --vae runs/vae --out runs/init
+
+With `--model CHECKPOINT` in place of `--vae` it is no untrained one: all weights are the checkpoint's, with a new
+vocabulary for the new data, each of whose tokens starts as the mean of the old tokens that spell it.
 """
 
 import argparse
@@ -52,22 +55,64 @@ def train_tokenizer(
     )
 
 
+def spelled_by(tokenizer: PreTrainedTokenizerFast, old: PreTrainedTokenizerFast) -> list[list[int]]:
+    r"""
+    Spells each token of one byte-level vocabulary with those of another.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerFast`): The new vocabulary, of V tokens.
+        old (`PreTrainedTokenizerFast`): The one to spell with; all of its bytes are tokens.
+
+    Returns:
+        `list[list[int]]`: V lists of token ids of `old`, none empty.
+    """
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    vocabulary, model = old.get_vocab(), old.backend_tokenizer.model
+    return [
+        [vocabulary[token]] if token in vocabulary else [piece.id for piece in model.tokenize(token)]
+        for token in tokens
+    ]
+
+
+@torch.no_grad()
+def take_weights(
+    model: MMARForConditionalGeneration, old: MMARForConditionalGeneration, spelling: list[list[int]]
+) -> None:
+    """Gives `model` all weights of `old`; a token of its own vocabulary becomes the mean of those that spell it."""
+    weights = old.state_dict()
+    by_token = {"model.language_model.embed_tokens.weight", "lm_head.weight"}
+    for name, weight in model.state_dict().items():
+        if name in by_token:
+            weight[: len(spelling)] = torch.stack([weights[name][ids].mean(dim=0) for ids in spelling])
+        elif name in weights and weights[name].shape == weight.shape:
+            weight.copy_(weights[name])
+        else:
+            came = tuple(weights[name].shape) if name in weights else "nothing of that name"
+            raise ValueError(
+                f"expected {name!r} in --model with the shape {tuple(weight.shape)} of --config, got {came}. Pass the "
+                "config that the checkpoint was made with."
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, type=Path, help="folder with the preset's config.json")
     parser.add_argument("--data", required=True, type=Path, help="parquet whose texts train the tokenizer")
-    parser.add_argument("--vae", required=True, type=Path, help="diffusers folder of a trained AutoencoderKL")
+    start = parser.add_mutually_exclusive_group(required=True)
+    start.add_argument("--vae", type=Path, help="diffusers folder of a trained AutoencoderKL")
+    start.add_argument("--model", type=Path, help="checkpoint whose weights to start from, VAE included")
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
     config = MMARConfig.from_pretrained(args.config)
-    vae = AutoencoderKL.from_pretrained(args.vae)
+    old = None if args.model is None else MMARForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(args.vae) if old is None else old.vae
     if vae.config.latents_std is None:
         raise ValueError(
-            f"expected a VAE with the measured `latents_mean` and `latents_std` in {str(args.vae)!r}; they are not "
-            "there. Let `train_vae` run to its end."
+            f"expected a VAE with the measured `latents_mean` and `latents_std` in {str(args.vae or args.model)!r}; "
+            "they are not there. Let `train_vae` run to its end."
         )
     config.vae_config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
     rows = read_rows(args.data)
@@ -82,8 +127,12 @@ def main() -> None:
     config.image_token_id = processor.image_token_id
 
     model = MMARForConditionalGeneration(config)
-    model.vae.load_state_dict(vae.state_dict())
-    if (args.vae / LATENT_ENCODER_NAME).is_file():
+    if old is not None:
+        old_tokenizer = PreTrainedTokenizerFast.from_pretrained(args.model)
+        take_weights(model, old, spelled_by(tokenizer, old_tokenizer))
+    else:
+        model.vae.load_state_dict(vae.state_dict())
+    if args.vae is not None and (args.vae / LATENT_ENCODER_NAME).is_file():
         model.model.latent_encoder.load_state_dict(load_file(args.vae / LATENT_ENCODER_NAME))
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, max_new_tokens=32

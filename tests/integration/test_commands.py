@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from squares import COLOURS, make_processor, make_rows, make_squares_model
 
-from mmar import MMARPipeline
+from mmar import MMARForConditionalGeneration, MMARPipeline, MMARProcessor
 from mmar.conversion import export
 from mmar.evaluation import emoji_styles
 from mmar.training import init_tiny, latents, train, train_vae
@@ -148,6 +148,37 @@ def test_from_pictures_to_an_evaluated_checkpoint(tmp_path, data, monkeypatch, c
     assert result["rows"] == 4 and len(list((out / "pictures").glob("*.png"))) == 4
     assert {name: score["n"] for name, score in result["judge"].items()} == {"all": 4, "sibling": 2, "no_sibling": 2}
     assert set(result["captions"]) == set(QUESTIONS)
+
+
+def test_a_model_with_a_new_vocabulary_starts_from_another(tmp_path, data, monkeypatch):
+    checkpoint, out = ROOT / "checkpoints/mmar-tiny", tmp_path / "init"
+    options = ["--config", ROOT / "configs/mmar-tiny", "--data", data, "--out", out]
+    run(init_tiny, monkeypatch, *options, "--model", checkpoint)
+    models = [
+        MMARForConditionalGeneration.from_pretrained(folder, dtype=torch.float32) for folder in (checkpoint, out)
+    ]
+    tokenizers = [MMARProcessor.from_pretrained(folder).tokenizer for folder in (checkpoint, out)]
+    embeddings = "model.language_model.embed_tokens.weight"
+    before, after = (model.state_dict() for model in models)
+    assert all(torch.equal(after[name], before[name]) for name in before if name not in (embeddings, "lm_head.weight"))
+    old_ids, new_ids = (tokenizer.get_vocab() for tokenizer in tokenizers)
+    shared = sorted(set(old_ids) & set(new_ids))
+    assert len(shared) > 260 and any(old_ids[token] != new_ids[token] for token in shared)
+    for token in shared:
+        assert torch.equal(after[embeddings][new_ids[token]], before[embeddings][old_ids[token]])
+    # A word that the old vocabulary has not.
+    (word,) = (token for token in ("Ġmagenta", "Ġyellow", "Ġblue") if token in new_ids and token not in old_ids)
+    spelled = tokenizers[0](word.replace("Ġ", " "))["input_ids"]
+    assert len(spelled) > 1
+    torch.testing.assert_close(after[embeddings][new_ids[word]], before[embeddings][spelled].mean(0))
+
+    preset = json.loads((ROOT / "configs/mmar-tiny/config.json").read_text())
+    preset["text_config"]["num_hidden_layers"] += 1
+    preset["text_config"].pop("layer_types", None)
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "deeper/config.json").write_text(json.dumps(preset))
+    with pytest.raises(ValueError, match="expected .*layers.* in --model .*, got nothing of that name"):
+        run(init_tiny, monkeypatch, *options, "--model", checkpoint, "--config", tmp_path / "deeper")
 
 
 def test_a_streamed_training_resumes_as_if_unbroken(tmp_path, monkeypatch):
