@@ -29,7 +29,8 @@ from ..command import run_command
 from ..conversion.init_from_qwen2 import load_preset
 from ..modeling_mmar.configuration_mmar import MMARConfig
 from ..modeling_mmar.denoising_mmar import Denoiser
-from ..modeling_mmar.generation_mmar import PRESETS
+from ..modeling_mmar.generation_mmar import PRESETS, RoundEncoder
+from ..modeling_mmar.graphs_mmar import CALLS_BEFORE_CAPTURE
 from ..modeling_mmar.image_layers_mmar import MergedContext, PlainContext
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from .timing import commit, versions
@@ -71,16 +72,17 @@ def random_model(config: MMARConfig, device: torch.device, dtype: torch.dtype) -
 
 
 def seconds(run: Callable[[], object], device: torch.device, num_runs: int = NUM_RUNS) -> float:
-    """Median wall time of a call with what it launches; two calls before, for graphs and caches."""
+    """Median wall time of a call with what it launches; some before it, until all is captured that will be."""
     times = []
-    for index in range(num_runs + 2):
+    num_before = CALLS_BEFORE_CAPTURE + 2 if device.type == "cuda" else 1
+    for index in range(num_before + num_runs):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        if index >= 2:
+        if index >= num_before:
             times.append(time.perf_counter() - start)
     return statistics.median(times)
 
@@ -112,15 +114,16 @@ def language_model_stage(model: MMARForConditionalGeneration, batch: int, is_pla
     )
 
 
-def encoder_stage(model: MMARForConditionalGeneration, batch: int) -> Stage:
+def encoder_stage(model: MMARForConditionalGeneration, batch: int, is_plain: bool) -> Stage:
     """EmbeddingViT on half of the tokens, for both branches at once."""
     num_latents, device, encoder = model.config.num_latents, model.device, model.model.latent_encoder
+    run = encoder if is_plain else RoundEncoder(encoder)
     tokens = torch.randn(batch, num_latents, model.config.latent_channels, device=device)
     hidden = (torch.arange(num_latents, device=device) >= num_latents // 2).expand(batch, -1)
     of_known, of_all = num_weights(encoder.post_projector, encoder.embedding_vit), num_weights(encoder.vis_projector)
     return Stage(
         "EmbeddingViT",
-        seconds(lambda: encoder(tokens, hidden, num_latents // 2), device),
+        seconds(lambda: run(tokens, hidden, num_latents // 2), device),
         (of_known + of_all) * encoder.mask_token.element_size(),
         batch * num_latents * (of_known / 2 + of_all),
     )
@@ -223,7 +226,7 @@ def measure(
             is_plain = way == "plain"
             stages = [
                 language_model_stage(model, batch, is_plain),
-                encoder_stage(model, batch),
+                encoder_stage(model, batch, is_plain),
                 denoise_stage(model, batch, num_steps, is_plain),
             ]
             yield from (stage_row(name, batch, way, stage, card) for stage in stages)

@@ -102,7 +102,11 @@ class MMARLatentEncoder(nn.Module):
         self.vis_projector = MMARMLPProjector(width, llm_width, llm_width, num_layers=3)
 
     def forward(
-        self, latent_tokens: Tensor, latent_mask: Tensor | None = None, num_known: int | None = None
+        self,
+        latent_tokens: Tensor,
+        latent_mask: Tensor | None = None,
+        num_known: int | None = None,
+        num_slots: int | None = None,
     ) -> Tensor:
         r"""
         Args:
@@ -111,6 +115,8 @@ class MMARLatentEncoder(nn.Module):
                 every latent is known, as in understanding.
             num_known (`int`, *optional*): How many the mask leaves known, if it is as many in every picture: then the
                 device is not asked.
+            num_slots (`int`, *optional*): In place of `num_known`, a bound of it: EmbeddingViT runs on so many slots,
+                some of them padding, and the device is not asked either.
 
         Returns:
             `torch.FloatTensor` of shape `(I, N, D)`.
@@ -132,14 +138,14 @@ class MMARLatentEncoder(nn.Module):
         else:
             num_known = (~latent_mask).sum(-1)
             # One slot at least, so that every rank runs the ViT in training.
-            width = max(int(num_known.max()), 1)
+            width = max(int(num_known.max()), 1) if num_slots is None else num_slots
             # Known places first, in order. (I, N) -> (I, K)
             positions = latent_mask.long().argsort(dim=-1, stable=True)[:, :width]
             valid = torch.arange(width, device=positions.device) < num_known[:, None]
             tokens = latent_tokens.gather(1, positions[..., None].expand(-1, -1, latent_tokens.shape[-1]))
             # Padding slots must not read hidden latents, not even NaN.
             tokens = tokens.masked_fill(~valid[..., None], 0.0).to(dtype)
-            all_valid = bool((num_known == width).all())
+            all_valid = num_slots is None and bool((num_known == width).all())
             known = self.embedding_vit(self.post_projector(tokens), positions, None if all_valid else valid)
             embeddings = self.mask_token.expand(num_images, num_latents, -1).to(known.dtype)
             known = torch.where(valid[..., None], known, self.mask_token.to(known.dtype))

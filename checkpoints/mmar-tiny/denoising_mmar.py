@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .diffusion_mmar import MMARDiffusionMLP
-from .graphs_mmar import GraphCache
+from .fused_head_mmar import can_fuse, fused_block, fused_output, plain_block, plain_output
+from .graphs_mmar import GraphCache, has_hooks
 
 
 # Modulations are computed for so many steps at a time that they hold at most this many elements, or for one step.
@@ -109,6 +110,7 @@ class PreparedHead:
         elements_per_step = self.projected.numel() * (3 * len(head.blocks) + 2)
         self._chunk = max(1, MAX_MODULATION_ELEMENTS // elements_per_step)
         self._first: int | None = None
+        self._is_fused: dict[int, bool] = {}  # by the number of rows
 
     def __call__(self, step: int, noisy_latents: Tensor) -> Tensor:
         r"""
@@ -124,13 +126,14 @@ class PreparedHead:
         at = step - self._first, slice(len(noisy_latents))
         head = self.head
         hidden_states = head.input_projection(noisy_latents.to(self.projected.dtype))
-        for block, (shift, scale, gate) in zip(head.blocks, self._modulations, strict=True):
-            update = torch.addcmul(shift[at], block.norm(hidden_states), scale[at])
-            update = block.linear_2(F.silu(block.linear_1(update)))
-            hidden_states = torch.addcmul(hidden_states, gate[at], update)
-        shift, scale = self._final_modulation
-        update = torch.addcmul(shift[at], head.final_norm(hidden_states), scale[at])
-        return head.output_projection(update).float()
+        number = len(noisy_latents)
+        if number not in self._is_fused:
+            self._is_fused[number] = can_fuse(head, number)
+        is_fused = self._is_fused[number]
+        run_block, run_output = (fused_block, fused_output) if is_fused else (plain_block, plain_output)
+        for block, modulation in zip(head.blocks, self._modulations, strict=True):
+            hidden_states = run_block(block, hidden_states, *(part[at] for part in modulation))
+        return run_output(head, hidden_states, *(part[at] for part in self._final_modulation)).float()
 
     def _modulate(self, first: int) -> None:
         """Shifts, scales with their 1 added, and gates of the steps from `first`, each `(T', M, W)`."""
@@ -178,11 +181,7 @@ class Denoiser:
         # Some schedulers take more steps than they are asked for.
         self._timesteps = self._scheduler.timesteps
         self._steps = LinearSteps.read_off(scheduler, num_inference_steps)
-        # Hooks (accelerate's, that bring weights; a user's) wait for the head's own call.
-        self._is_hooked = any(
-            module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
-            for module in head.modules()
-        )
+        self._is_hooked = has_hooks(head)
         self._graphs = GraphCache()
         self._time_embeddings = None if self._is_hooked else head.timestep_embedding(self._timesteps)
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .diffusion_mmar import *  # noqa: F403
     from .embedding_vit_mmar import *  # noqa: F403
     from .frozen_parts_mmar import *  # noqa: F403
+    from .fused_head_mmar import *  # noqa: F403
     from .generation_mmar import *  # noqa: F403
     from .graphs_mmar import *  # noqa: F403
     from .hub_mmar import *  # noqa: F403

@@ -14,12 +14,16 @@ from torch.nn import functional as F
 
 from .denoising_mmar import Denoiser
 from .diffusion_mmar import cosine_alphas_cumprod
+from .embedding_vit_mmar import MMARLatentEncoder
+from .graphs_mmar import GraphCache, has_hooks
 from .image_layers_mmar import ImageWeights, MergedContext, PlainContext, can_merge
 from .masking_mmar import ORDERS, sample_orders, tokens_per_step
 from .packed_linear_mmar import packed_linears
 
 
 MAX_SEED = 2**63 - 1
+# Shapes of EmbeddingViT over the rounds of a picture: more of them pad less, and come again less often.
+NUM_BUCKETS = 8
 # How guidance goes over the autoregressive rounds: MAR's two.
 GUIDANCE_SCHEDULES = ("constant", "linear")
 
@@ -87,6 +91,38 @@ class ImageRun:
             scale = 1 + (scale - 1) * drawn_share
         first, last = self.guidance_interval
         return [scale if first <= (step + 0.5) / num_steps < last else 1.0 for step in range(num_steps)]
+
+
+class RoundEncoder:
+    r"""
+    The latent encoder, round after round with more known tokens; where they can be graphs, in `NUM_BUCKETS` shapes.
+
+    Args:
+        latent_encoder (`MMARLatentEncoder`): It.
+    """
+
+    def __init__(self, latent_encoder: MMARLatentEncoder):
+        self._latent_encoder, self._graphs = latent_encoder, GraphCache()
+        self._is_hooked = has_hooks(latent_encoder)
+
+    def __call__(self, tokens: Tensor, hidden: Tensor, num_known: int) -> Tensor:
+        r"""
+        Args:
+            tokens (`torch.FloatTensor` of shape `(B, N, C)`): Latents; hidden ones are never read.
+            hidden (`torch.BoolTensor` of shape `(B, N)`): True where a latent is hidden.
+            num_known (`int`): How many are not, in each picture.
+
+        Returns:
+            `torch.FloatTensor` of shape `(B, N, D)`.
+        """
+        if self._is_hooked or num_known == 0 or not GraphCache.is_capturable(tokens):
+            return self._latent_encoder(tokens, hidden, num_known)
+        size = -(-hidden.shape[1] // NUM_BUCKETS)
+        num_slots = min(-(-num_known // size) * size, hidden.shape[1])
+        return self._graphs.run(self._encode, num_slots, tokens, hidden)
+
+    def _encode(self, num_slots: int, tokens: Tensor, hidden: Tensor) -> Tensor:
+        return self._latent_encoder(tokens, hidden, num_slots=num_slots)
 
 
 class MMARImageGenerationMixin:
@@ -299,6 +335,7 @@ class MMARImageGenerationMixin:
         visible = ~hidden.gather(1, orders)
         orders = orders.gather(1, visible.long().argsort(dim=1, stable=True))[:, :num_hidden]  # (B, num_hidden)
 
+        encoder = RoundEncoder(self.model.latent_encoder)
         start, branches = 0, 2 if run.is_guided else 1
         # About so many rows pass the head and, half of the latents known, EmbeddingViT at once.
         head_rows, vit_rows = branches * batch * num_hidden // run.num_ar_steps, batch * num_latents // 2
@@ -308,7 +345,7 @@ class MMARImageGenerationMixin:
             for step, count in enumerate(counts):
                 positions = orders[:, start : start + count]  # (B, count)
                 # 3. z of the next positions, given the text and the tokens so far.
-                embeds = self.model.latent_encoder(tokens, hidden, num_latents - num_hidden + start)
+                embeds = encoder(tokens, hidden, num_latents - num_hidden + start)
                 z = run.context.run(embeds.repeat(branches, 1, 1), positions.repeat(branches, 1))
                 z = z.flatten(0, 1)  # (branches * B * count, D)
                 start += count

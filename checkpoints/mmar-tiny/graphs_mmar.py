@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Hashable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 # Capturing costs about as much as some calls: only what comes again and again is captured, as in the paper's protocol.
@@ -31,6 +31,11 @@ def capture_cuda_graph(
             graph.replay()
 
     return replay, output
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a part of a module waits for its own call, as a user's hook or accelerate's: a graph would skip it."""
+    return any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in module.modules())
 
 
 class GraphCache:

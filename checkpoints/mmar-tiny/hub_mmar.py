@@ -28,6 +28,7 @@ REMOTE_MODULES = {
         "diffusion_mmar",
         "embedding_vit_mmar",
         "frozen_parts_mmar",
+        "fused_head_mmar",
         "generation_mmar",
         "graphs_mmar",
         "image_layers_mmar",

@@ -11,6 +11,7 @@ from helpers import random_text, seeded, tiny_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mmar.modeling_mmar import denoising_mmar, fused_head_mmar
 from mmar.modeling_mmar.denoising_mmar import Denoiser
 from mmar.modeling_mmar.image_layers_mmar import MergedContext
 from mmar.modeling_mmar.masking_mmar import tokens_per_step
@@ -18,6 +19,20 @@ from mmar.modeling_mmar.masking_mmar import tokens_per_step
 
 # The host asks the device for a value, or for how many there are.
 WAITING = ("_local_scalar_dense", "item", "nonzero", "equal", "masked_select", "unique")
+# Views and places: nothing is launched.
+NO_KERNELS = (
+    "view",
+    "t",
+    "select",
+    "slice",
+    "split",
+    "alias",
+    "_unsafe_view",
+    "unbind",
+    "detach",
+    "expand",
+    "new_empty",
+)
 NUM_TEXT, NUM_ROUNDS, NUM_STEPS = 6, 4, 5
 
 
@@ -100,14 +115,39 @@ def test_operators_of_a_diffusion_step(model):
         with Operators() as operators:
             denoiser(z, [2.0] * num_steps, [seeded(0)])
         assert not operators.waiting()
-        views = ("view", "t", "select", "slice", "split", "alias", "_unsafe_view", "unbind", "detach", "expand")
-        counts.append(Counter({name: n for name, n in operators.names.items() if name not in views}))
+        counts.append(Counter({name: n for name, n in operators.names.items() if name not in NO_KERNELS}))
     added = counts[1] - counts[0]
     # Without 16 channels the noise is drawn token by token, as the generator's contract has it.
     added.pop("randn", None)
     num_blocks = len(model.diffusion_mlp.blocks)
     assert sum(added.values()) <= 6 * num_blocks + 12, added
     assert added["addmm"] == 2 * num_blocks + 2 and added["native_layer_norm"] == num_blocks + 1
+
+
+@torch.no_grad()
+def test_kernels_of_a_fused_diffusion_step(model, monkeypatch):
+    """Two of each block and eight around: 32 where MMAR-7B's head has 12 blocks."""
+    launched, counts, z = [], [], torch.randn(2, 64, generator=seeded(0))
+
+    def fused_linear(inputs, linear, *_, **__):
+        launched.append(1)
+        # The one thing that is left of it here: a place to write to, which is no kernel.
+        return inputs.new_empty(len(inputs), linear.out_features)
+
+    monkeypatch.setattr(denoising_mmar, "can_fuse", lambda *_: True)
+    monkeypatch.setattr(fused_head_mmar, "fused_linear", fused_linear)
+    for num_steps in (6, 7):
+        launched.clear()
+        denoiser = Denoiser(model.diffusion_mlp, model.default_scheduler(), num_steps, z.device)
+        with Operators() as operators:
+            denoiser(z, [2.0] * num_steps, [seeded(0)])
+        counts.append(Counter({name: n for name, n in operators.names.items() if name not in NO_KERNELS}))
+        counts[-1]["fused"] = len(launched)
+    added = counts[1] - counts[0]
+    added.pop("randn", None)
+    num_blocks = len(model.diffusion_mlp.blocks)
+    assert added["fused"] == 2 * num_blocks + 1
+    assert sum(added.values()) <= 2 * num_blocks + 8, added
 
 
 @torch.no_grad()
