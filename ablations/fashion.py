@@ -1,0 +1,228 @@
+"""
+Fashion-MNIST as a second set for the experiments: rows with questions and answers, and a judge of drawings.
+
+    python -m mmar.ablations.fashion rows FASHION_MNIST_FOLDER --out runs/fashion --num_rows 12000 --num_test 300
+    python -m mmar.ablations.fashion judge --data runs/fashion/train.parquet --out runs/fashion/judge.safetensors
+    python -m mmar.ablations.fashion score PICTURES --judge runs/fashion/judge.safetensors \
+        --reference runs/fashion/test.parquet
+
+A picture's name is its class and its style its shade, dark, grey or bright, which follows from its pixels. The judge
+is a small CNN trained on the training rows; `score` prints what emoji-styles' judge prints.
+"""
+
+import argparse
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..command import run_command
+from ..training.emoji_rows import DEPENDS_ON
+
+
+QUESTIONS = ["Describe the image.", "What is it?", "Which shade?"]
+SIZE = 28
+# The data set's definition of a shade: the mean of pixels above this, and where grey begins and ends.
+FOREGROUND, SHADE_BOUNDS = 20, (142.0, 182.4)
+SHADES = ("dark", "grey", "bright")
+NUM_FEATURES, BATCH_SIZE, LEARNING_RATE = 128, 128, 2.0e-3
+NUM_BEST = 5
+
+
+def build(source: Path, out: Path, num_rows: int | None, num_test: int) -> dict[str, int]:
+    """
+    Writes `train.parquet`, the first `num_rows` of the training rows, `test.parquet`, and `test_small.parquet` with
+    `num_test` rows spread over it, to answer and to draw; returns their lengths.
+
+    Raises:
+        ValueError: If the data set is not there.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    lengths = {}
+    for split in ("train", "test"):
+        file = source / f"{split}-00000-of-00001.parquet"
+        if not file.is_file():
+            raise ValueError(f"expected {file.name} of Fashion-MNIST in {str(source)!r}; it is not there.")
+        rows = pq.read_table(file).to_pylist()
+        built = [
+            {
+                "image": row["image"],
+                "captions": [row["captions"][-1]],
+                "label": row["label_name"],
+                "style": row["shade"],
+                "split": row["split"],
+                "license": row["license"],
+                "questions": QUESTIONS,
+                # The wording with words behind the name, which another can then take the place of.
+                "answers": [row["captions"][-1], row["label_name"], row["shade"]],
+                "depends_on": DEPENDS_ON,
+                "swaps": [row["label_name"], None, None],
+            }
+            for row in (rows[:num_rows] if split == "train" else rows)
+        ]
+        spread = [built[index * len(built) // num_test] for index in range(num_test)]
+        for name, kept in ((split, built), *([("test_small", spread)] if split == "test" else [])):
+            pq.write_table(pa.Table.from_pylist(kept), out / f"{name}.parquet", compression="zstd")
+            lengths[name] = len(kept)
+    return lengths
+
+
+class FashionJudge(nn.Module):
+    """Grey pictures `(B, 1, 28, 28)` in [0, 1] -> logits of the classes `(B, 10)` and features `(B, 128)`."""
+
+    def __init__(self, num_names: int):
+        super().__init__()
+        widths = (1, 32, 64, NUM_FEATURES)
+        self.layers = nn.Sequential(
+            *(
+                nn.Sequential(nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
+                for a, b in zip(widths[:-1], widths[1:], strict=True)
+            )
+        )
+        self.head = nn.Linear(NUM_FEATURES, num_names)
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.layers(pictures).mean((2, 3))
+        return self.head(features), features
+
+
+def to_grey(image: Image.Image) -> np.ndarray:
+    """A picture of any size as `(28, 28)` bytes."""
+    return np.asarray(image.convert("L").resize((SIZE, SIZE), Image.Resampling.BOX))
+
+
+def read_parquet(path: Path) -> tuple[Tensor, list[str]]:
+    """Pictures `(N, 1, 28, 28)` in [0, 1], and their names."""
+    if not path.is_file():
+        raise ValueError(f"expected a parquet of rows; there is none at {str(path)!r}. `rows` writes them.")
+    table = pq.read_table(path, columns=["image", "label"])
+    pictures = [to_grey(Image.open(io.BytesIO(image["bytes"]))) for image in table.column("image").to_pylist()]
+    return torch.from_numpy(np.stack(pictures))[:, None].float() / 255, table.column("label").to_pylist()
+
+
+def train_judge(pictures: Tensor, labels: Tensor, num_names: int, num_epochs: int, seed: int) -> FashionJudge:
+    """A judge that learned pictures `(N, 1, 28, 28)` and the numbers of their names `(N,)`, shifted by up to 2."""
+    torch.manual_seed(seed)
+    generator, judge = torch.Generator().manual_seed(seed), FashionJudge(num_names).train()
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
+    num_steps = num_epochs * (len(pictures) // BATCH_SIZE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=num_steps)
+    padded = F.pad(pictures, (2, 2, 2, 2))
+    for _ in range(num_epochs):
+        for index in torch.randperm(len(pictures), generator=generator).split(BATCH_SIZE)[: num_steps // num_epochs]:
+            top, left = torch.randint(0, 5, (2,), generator=generator).tolist()
+            logits, _ = judge(padded[index, :, top : top + SIZE, left : left + SIZE])
+            optimizer.zero_grad()
+            F.cross_entropy(logits, labels[index]).backward()
+            optimizer.step()
+            schedule.step()
+    return judge.eval()
+
+
+def shade_of(picture: np.ndarray) -> str:
+    """The shade of a picture `(28, 28)` of bytes; one without a foreground is dark."""
+    foreground = picture[picture > FOREGROUND]
+    mean = float(foreground.mean()) if len(foreground) else 0.0
+    return SHADES[sum(mean >= bound for bound in SHADE_BOUNDS)]
+
+
+def frechet_distance(features: Tensor, others: Tensor) -> float:
+    """Between normal distributions with the means and covariances of `(N, D)` and `(M, D)`, in float64."""
+    a, b = features.double(), others.double()
+    difference, cov_a, cov_b = a.mean(0) - b.mean(0), a.T.cov(), b.T.cov()
+    # trace((A B)^0.5) by the root of A and a symmetric product.
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors @ (values.clamp(min=0).sqrt()[:, None] * vectors.T)
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    return float(difference @ difference + cov_a.trace() + cov_b.trace() - 2 * cross)
+
+
+@torch.no_grad()
+def score(folder: Path, weights: Path, reference: Path) -> dict[str, Any]:
+    r"""
+    Scores drawings.
+
+    Args:
+        folder (`Path`): Pictures, and `captions.jsonl` with their file, label and style.
+        weights (`Path`): As `judge` writes it, with the names beside it.
+        reference (`Path`): Parquet of real pictures.
+
+    Returns:
+        `dict`: n, `name_top1`, `name_top5` and `style` as shares, `frechet`, and `frechet_real`: what the second
+        half of the reference has against the first, cut to n pictures.
+
+    Raises:
+        ValueError: If something is not there.
+    """
+    for path in (folder / "captions.jsonl", weights, weights.with_suffix(".json")):
+        if not path.is_file():
+            raise ValueError(f"expected {path.name} in {str(path.parent)!r}; it is not there.")
+    names = json.loads(weights.with_suffix(".json").read_text())
+    judge = FashionJudge(len(names)).eval()
+    judge.load_state_dict(load_file(weights))
+    lines = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
+    drawn = np.stack([to_grey(Image.open(folder / line["file"])) for line in lines])
+    real, _ = read_parquet(reference)
+    logits, features = judge(torch.from_numpy(drawn)[:, None].float() / 255)
+    asked = torch.tensor([names.index(line["label"]) for line in lines])[:, None]
+    best = logits.topk(min(NUM_BEST, len(names))).indices
+    real_features = torch.cat([judge(part)[1] for part in real.split(512)])
+    first, second = real_features[: len(real) // 2], real_features[len(real) // 2 :]
+    return {
+        "n": len(lines),
+        "name_top1": float((best[:, :1] == asked).float().mean()),
+        "name_top5": float((best == asked).any(-1).float().mean()),
+        "style": float(np.mean([shade_of(p) == line["style"] for p, line in zip(drawn, lines, strict=True)])),
+        "frechet": frechet_distance(features, first),
+        "frechet_real": frechet_distance(second[: len(lines)], first),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    rows = commands.add_parser("rows")
+    rows.add_argument("source", type=Path, help="folder of Fashion-MNIST with captions")
+    rows.add_argument("--out", required=True, type=Path)
+    rows.add_argument("--num_rows", type=int, help="of the training rows; all by default")
+    rows.add_argument("--num_test", type=int, default=300, help="of test_small.parquet")
+    judge = commands.add_parser("judge")
+    judge.add_argument("--data", required=True, type=Path, help="parquet of training rows")
+    judge.add_argument("--out", required=True, type=Path, help="safetensors file to write")
+    judge.add_argument("--num_epochs", type=int, default=8)
+    judge.add_argument("--seed", type=int, default=0)
+    of_score = commands.add_parser("score")
+    of_score.add_argument("folder", type=Path, help="drawings with their captions.jsonl")
+    of_score.add_argument("--judge", required=True, type=Path)
+    of_score.add_argument("--reference", required=True, type=Path, help="parquet of real pictures")
+    args = parser.parse_args()
+    if args.command == "rows":
+        if args.num_test < 1 or (args.num_rows is not None and args.num_rows < 1):
+            parser.error("--num_rows and --num_test must be at least 1")
+        print(json.dumps(build(args.source, args.out, args.num_rows, args.num_test)))
+    elif args.command == "judge":
+        if args.num_epochs < 1:
+            parser.error(f"--num_epochs must be at least 1; got {args.num_epochs}")
+        pictures, labels = read_parquet(args.data)
+        names = sorted(set(labels))
+        numbers = torch.tensor([names.index(label) for label in labels])
+        trained = train_judge(pictures, numbers, len(names), args.num_epochs, args.seed)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        save_file(trained.state_dict(), args.out)
+        args.out.with_suffix(".json").write_text(json.dumps(names))
+        print(json.dumps({"names": len(names), "pictures": len(pictures)}))
+    else:
+        print(json.dumps(score(args.folder, args.judge, args.reference)))
+
+
+if __name__ == "__main__":
+    run_command(main)
