@@ -11,7 +11,8 @@ TRAIN_OPTIONS ?=
 # One thread per test worker: more only get in each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow test-quantization test-gpu check style data vae train-tiny evaluate-tiny clean
+.PHONY: demo test test-slow test-quantization test-triton test-gpu check style data vae train-tiny \
+	train-tiny-from-scratch evaluate-tiny ablations clean
 
 demo: $(VENV)/.done
 	$(BIN)/python examples/demo.py
@@ -28,6 +29,12 @@ test-quantization: $(VENV)/.done
 		torchao bitsandbytes -c constraints.txt
 	PYTHONPATH=$(VENV)/quantization $(PYTEST) tests/integration/test_size.py
 
+# A gigabyte, and nothing else on a CPU needs it.
+test-triton: $(VENV)/.done
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/triton triton \
+		-c constraints.txt
+	PYTHONPATH=$(VENV)/triton TRITON_INTERPRET=1 $(PYTEST) tests/unit/test_fused_head.py
+
 test-gpu: $(VENV)/.done
 	$(PYTEST) -m gpu
 
@@ -43,47 +50,104 @@ style: $(VENV)/.done
 data: $(VENV)/.done
 	$(BIN)/python -m mmar.training.emoji_rows $(EMOJI_STYLES) --out checkpoints/emoji-lite --lite
 
-# The bundled checkpoint, from all of emoji-styles: rows, VAE, untrained model, cached latents, three stages. Each step
-# goes on where it stopped; docs/runs.md has the times.
+# The bundled checkpoint, on all of emoji-styles: it goes on from TINY_START, an earlier one, with a vocabulary for these
+# rows and with its VAE. Each step goes on where it stopped; docs/runs.md has the times.
 TINY_DATA := runs/emoji-styles
+TINY_START ?= checkpoints/mmar-tiny
+# recipe, model, latents, output
 TINY_TRAIN = $(BIN)/python -m mmar.training.train training/recipes/$(1).yaml model=$(2) data=$(TINY_DATA)/train.parquet \
-	latents=runs/latents output_dir=$(3) $(TRAIN_OPTIONS)
+	latents=$(3) output_dir=$(4) $(TRAIN_OPTIONS)
+TINY_INIT = $(BIN)/python -m mmar.training.init_tiny --config configs/mmar-tiny --data $(TINY_DATA)/train.parquet
+# model, copies, output
+TINY_LATENTS = $(BIN)/python -m mmar.training.latents $(TINY_DATA)/train.parquet --model $(1) --num_copies $(2) \
+	--out $(3) --batch_size 256
 
 $(TINY_DATA)/train.parquet: | $(VENV)/.done
 	$(BIN)/python -m mmar.training.emoji_rows $(EMOJI_STYLES) --out $(TINY_DATA)
 
+runs/init/config.json: | $(TINY_DATA)/train.parquet
+	$(TINY_INIT) --model $(TINY_START) --out runs/init
+
+runs/latents/broken.json: | runs/init/config.json
+	$(call TINY_LATENTS,runs/init,12,runs/latents)
+
+train-tiny: | runs/latents/broken.json
+	$(call TINY_TRAIN,mmar_tiny_stage2,runs/init,runs/latents,runs/stage2)
+	$(BIN)/python -m mmar.conversion.export runs/stage2/final checkpoints/mmar-tiny --guidance_scale 2.0
+
+# From scratch: VAE, untrained model, cached latents, three stages.
+SCRATCH := runs/scratch
 TRAIN_VAE = $(BIN)/python -m mmar.training.train_vae --config configs/mmar-tiny --data $(TINY_DATA)/train.parquet \
 	--eval_data $(TINY_DATA)/test.parquet
 
-runs/vae_start/report.json: | $(TINY_DATA)/train.parquet
-	$(TRAIN_VAE) --out runs/vae_start --num_steps 15000 --num_views 32 --word_weight 0.3
+$(SCRATCH)/vae_start/report.json: | $(TINY_DATA)/train.parquet
+	$(TRAIN_VAE) --out $(SCRATCH)/vae_start --num_steps 15000 --num_views 32 --word_weight 0.3
 
 # It draws well by then; the words take longer.
-runs/vae/report.json: | runs/vae_start/report.json
-	$(TRAIN_VAE) --start runs/vae_start --out runs/vae --num_steps 12000 --batch_size 8 --num_views 64 --word_weight 0.5 \
-		--learning_rate 1.0e-3
+$(SCRATCH)/vae/report.json: | $(SCRATCH)/vae_start/report.json
+	$(TRAIN_VAE) --start $(SCRATCH)/vae_start --out $(SCRATCH)/vae --num_steps 12000 --batch_size 8 --num_views 64 \
+		--word_weight 0.5 --learning_rate 1.0e-3
 
-vae: runs/vae/report.json
+vae: $(SCRATCH)/vae/report.json
 
-runs/init/config.json: | runs/vae/report.json
-	$(BIN)/python -m mmar.training.init_tiny --config configs/mmar-tiny --data $(TINY_DATA)/train.parquet \
-		--vae runs/vae --out runs/init
+$(SCRATCH)/init/config.json: | $(SCRATCH)/vae/report.json
+	$(TINY_INIT) --vae $(SCRATCH)/vae --out $(SCRATCH)/init
 
-runs/latents/broken.json: | runs/init/config.json
-	$(BIN)/python -m mmar.training.latents $(TINY_DATA)/train.parquet --model runs/init --out runs/latents \
-		--num_copies 8 --batch_size 256
+$(SCRATCH)/latents/broken.json: | $(SCRATCH)/init/config.json
+	$(call TINY_LATENTS,$(SCRATCH)/init,8,$(SCRATCH)/latents)
 
-train-tiny: | runs/latents/broken.json
-	$(call TINY_TRAIN,mmar_tiny_stage1,runs/init,runs/stage1)
-	$(call TINY_TRAIN,mmar_tiny_stage2,runs/stage1/final,runs/stage2)
-	$(call TINY_TRAIN,mmar_tiny_stage3,runs/stage2/final,runs/stage3)
-	$(BIN)/python -m mmar.conversion.export runs/stage3/final checkpoints/mmar-tiny --guidance_scale 2.0
+train-tiny-from-scratch: | $(SCRATCH)/latents/broken.json
+	$(call TINY_TRAIN,mmar_tiny_stage1,$(SCRATCH)/init,$(SCRATCH)/latents,$(SCRATCH)/stage1)
+	$(call TINY_TRAIN,mmar_tiny_stage2,$(SCRATCH)/stage1/final,$(SCRATCH)/latents,$(SCRATCH)/stage2)
+	$(call TINY_TRAIN,mmar_tiny_stage3,$(SCRATCH)/stage2/final,$(SCRATCH)/latents,$(SCRATCH)/stage3)
+	$(BIN)/python -m mmar.conversion.export $(SCRATCH)/stage3/final checkpoints/mmar-tiny --guidance_scale 2.0
 
 evaluate-tiny: $(VENV)/.done
 	$(BIN)/python -m mmar.evaluation.emoji_styles checkpoints/mmar-tiny --data $(TINY_TEST) \
 		--out runs/evaluation --judge $(JUDGE)
 	$(BIN)/python -m mmar.conversion.model_card checkpoints/mmar-tiny --facts configs/mmar-tiny/card.yaml \
 		--evaluation runs/evaluation/result.json --repo_id checkpoints/mmar-tiny
+
+# The paper's experiments in small, into docs/results; each goes on where it stopped. Hours on two cores.
+ABLATIONS := runs/ablations
+FASHION ?= ../shared/data/fashion-mnist
+LITE := checkpoints/emoji-lite
+ON_EMOJI = --config ablations/configs/emoji --data $(LITE)/train.parquet --test $(LITE)/test.parquet \
+	--vae $(ABLATIONS)/emoji/vae --vq $(ABLATIONS)/emoji/vq --judge $(JUDGE) --work $(ABLATIONS)/emoji --out docs/results
+FASHION_JUDGE = -m mmar.ablations.fashion score --judge $(ABLATIONS)/fashion/judge.safetensors \
+	--reference $(ABLATIONS)/fashion/test.parquet
+ON_FASHION = --config ablations/configs/fashion --data $(ABLATIONS)/fashion/train.parquet \
+	--test $(ABLATIONS)/fashion/test_small.parquet --vae $(ABLATIONS)/fashion/vae --vq $(ABLATIONS)/fashion/vq \
+	--judge "$(FASHION_JUDGE)" --work $(ABLATIONS)/fashion --out docs/results
+
+$(ABLATIONS)/emoji/vae/config.json: | $(VENV)/.done
+	$(BIN)/python -c "from mmar import MMARForConditionalGeneration as M; \
+		M.from_pretrained('checkpoints/mmar-tiny').vae.save_pretrained('$(ABLATIONS)/emoji/vae')"
+
+$(ABLATIONS)/fashion/judge.safetensors: | $(VENV)/.done
+	$(BIN)/python -m mmar.ablations.fashion rows $(FASHION) --out $(ABLATIONS)/fashion --num_rows 12000 --num_test 300
+	$(BIN)/python -m mmar.ablations.fashion judge --data $(ABLATIONS)/fashion/train.parquet --out $@
+
+$(ABLATIONS)/fashion/vae/report.json: | $(ABLATIONS)/fashion/judge.safetensors
+	$(BIN)/python -m mmar.training.train_vae --config ablations/configs/fashion --num_steps 6000 --word_weight 0 \
+		--data $(ABLATIONS)/fashion/train.parquet --eval_data $(ABLATIONS)/fashion/test.parquet --out $(@D)
+
+$(ABLATIONS)/%/vq/report.json: | $(ABLATIONS)/emoji/vae/config.json $(ABLATIONS)/fashion/vae/report.json
+	$(BIN)/python -m mmar.ablations.train_vq --start $(ABLATIONS)/$*/vae --out $(@D) \
+		--data $(if $(filter emoji,$*),$(LITE),$(ABLATIONS)/fashion)/train.parquet
+
+ablations: | $(ABLATIONS)/emoji/vq/report.json $(ABLATIONS)/fashion/vq/report.json
+	$(BIN)/python -m mmar.ablations.table3 $(ON_EMOJI)
+	$(BIN)/python -m mmar.ablations.noise_levels $(ON_EMOJI)
+	$(BIN)/python -m mmar.ablations.table3 $(ON_FASHION)
+	$(BIN)/python -m mmar.ablations.noise_levels $(ON_FASHION)
+	$(BIN)/python -m mmar.ablations.scaling $(ON_EMOJI)
+	$(BIN)/python -m mmar.ablations.stage2 $(ON_EMOJI)
+	$(BIN)/python -m mmar.ablations.cfg_sweep checkpoints/mmar-tiny --data $(LITE)/test.parquet --judge $(JUDGE) \
+		--work $(ABLATIONS)/cfg --out docs/results
+	$(BIN)/python -m mmar.ablations.chessboard --out docs/results
+	$(BIN)/python -m mmar.ablations.numerical_error --model checkpoints/mmar-tiny --data $(LITE)/train.parquet \
+		--out docs/results
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

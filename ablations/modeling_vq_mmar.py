@@ -44,6 +44,9 @@ class MMARVQConfig(MMARConfig):
 
     def __post_init__(self, **kwargs):
         self.vae_config = dict(VQ16_CONFIG if self.vae_config is None else self.vae_config)
+        # As diffusers has it.
+        if self.vae_config.get("vq_embed_dim") is None:
+            self.vae_config["vq_embed_dim"] = self.vae_config.get("latent_channels")
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
-from parts import make_preset, make_qwen2, make_vae
+from diffusers import AutoencoderKL, VQModel
+from helpers import tiny_config
+from parts import VAE_CONFIG, make_preset, make_qwen2, make_vae
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, Qwen2ForCausalLM
+from transformers import AutoModel, AutoTokenizer, Qwen2ForCausalLM
 
 from mmar import MMARForConditionalGeneration, MMARPipeline, MMARProcessor
+from mmar.ablations.systems import CONFIG_CLASSES, system_config
 from mmar.conversion.init_from_qwen2 import init_from_qwen2, load_preset
 
 
@@ -56,6 +58,33 @@ def test_text_is_that_of_the_backbone_and_saving_again_changes_nothing(folders, 
     pipe = MMARPipeline.from_pretrained(tmp_path / "out")
     pipe.save_pretrained(tmp_path / "again", max_shard_size=shards)
     assert files_of(tmp_path / "again") == files_of(tmp_path / "out")
+
+
+@pytest.mark.parametrize("system", ["epsilon", "vq", "transfusion"])
+def test_the_systems_of_table_3_start_from_a_qwen2_too(folders, tmp_path, system):
+    """Their folders open by their own code, and text is the backbone's; a VQ needs a VQModel, the others none."""
+    vq = VQModel(**{name: VAE_CONFIG[name] for name in VAE_CONFIG if "factor" not in name}, num_vq_embeddings=16)
+    vq.save_pretrained(tmp_path / "vqmodel")
+    vq_config = {name: value for name, value in vq.config.items() if not name.startswith("_")}
+    system_config(system, tiny_config(), vq_config, train_backbone=False).save_pretrained(tmp_path / "preset")
+    tokenizers = [tmp_path / "vqmodel", folders / "vae"]
+    right, wrong = tokenizers if system == "vq" else tokenizers[::-1]
+    with pytest.raises(ValueError, match="expected an? (AutoencoderKL|VQModel) in .*; got '(VQModel|AutoencoderKL)'"):
+        init(folders, tmp_path / "out", preset=str(tmp_path / "preset"), vae=wrong)
+    report = init(folders, tmp_path / "out", preset=str(tmp_path / "preset"), vae=right)
+    model = AutoModel.from_pretrained(tmp_path / "out")
+    assert set(report["parameters"]) == {name for name, _ in model.named_children()} - {"lm_head"}
+    modules = {name for name, own in CONFIG_CLASSES.items() if type(model.config) is own}
+    assert modules == ({system} & CONFIG_CLASSES.keys())
+    for name in modules:
+        assert (tmp_path / "out" / f"modeling_{name}_mmar.py").is_file()
+    qwen2 = Qwen2ForCausalLM.from_pretrained(folders / "qwen2", dtype="auto")
+    ids = torch.randint(0, 300, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(model.to(qwen2.dtype)(ids).logits, qwen2(ids).logits)
+    if system == "vq":
+        codebook = model.vae.quantize.embedding.weight
+        assert torch.equal(codebook, vq.quantize.embedding.weight)
 
 
 def test_new_weights_are_drawn_as_the_model_draws_them(folders, tmp_path):

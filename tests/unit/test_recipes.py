@@ -57,9 +57,23 @@ def read(name, tmp_path, *overrides):
     return parse([str(RECIPES[name]), "model=m", "data=d", f"output_dir={tmp_path}", *overrides])
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "training/recipes").glob("*.yaml")), ids=lambda path: path.stem)
+EVERY = sorted(path for folder in ("training", "ablations") for path in (ROOT / folder / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", EVERY, ids=lambda path: path.stem)
 def test_every_recipe_parses(path, tmp_path):
     parse([str(path), "model=m", "data=d", f"output_dir={tmp_path}"])
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_the_transfusion_like_model_is_trained_as_mmar_on_whole_pictures(stage):
+    text = (ROOT / f"ablations/recipes/mmar_0_5b_transfusion_{stage}.yaml").read_text()
+    own, mmars = yaml.safe_load(text), yaml.safe_load(RECIPES[f"mmar_0_5b_{stage}"].read_text())
+    assert own.pop("mask_ratio_min") == 0.999 and mmars.keys() - own.keys() == {
+        "mask_ratio_min",
+        "diffusion_batch_mul",
+    }
+    assert all(mmars[name] == value for name, value in own.items())
 
 
 def test_there_is_a_recipe_for_each_size_and_stage():

@@ -1,0 +1,239 @@
+"""The experiments on four squares: each system trained for two steps, measured, kept, and written as a page."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, VQModel
+from PIL import Image
+from safetensors.torch import load_file
+from test_commands import run, write_squares
+
+from mmar import MMARConfig
+from mmar.ablations import cfg_sweep, noise_levels, scaling, stage2, study, table3, train_vq
+from mmar.ablations.study import Study, Trial, cell, interval
+from mmar.ablations.systems import SYSTEMS, num_trained, system_config
+from mmar.ablations.train_vq import kmeans, vq_from_kl
+from mmar.modeling_mmar.generation_mmar import Preset
+from mmar.training import train_vae
+
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "ablations/configs/emoji"
+# The paper's protocol with two steps in place of a hundred.
+PRESET = Preset(1.0, 2)
+JUDGE = """
+import json, pathlib, sys
+lines = [json.loads(line) for line in (pathlib.Path(sys.argv[-1]) / "captions.jsonl").read_text().splitlines()]
+figures = {"n": len(lines), "name_top1": 0.25, "name_top5": 0.5, "style": 0.75, "frechet": 12.0, "frechet_real": 3.0}
+print(json.dumps(figures))
+"""
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Rows, a VAE of one step, a VQ tokenizer of two, and a judge."""
+    folder = tmp_path_factory.mktemp("parts")
+    data, judge = folder / "squares.parquet", folder / "judge.py"
+    write_squares(data)
+    judge.write_text(JUDGE)
+    with pytest.MonkeyPatch.context() as patch:
+        options = ["--data", data, "--out", folder / "vae"]
+        run(train_vae, patch, "--config", CONFIG, *options, "--num_steps", 1, "--num_views", 2, "--word_weight", 0)
+        options = ["--data", data, "--eval_data", data, "--start", folder / "vae", "--out", folder / "vq"]
+        run(train_vq, patch, *options, "--num_codes", 8, "--num_steps", 2, "--batch_size", 2)
+    return folder
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Commands run here and not in processes of their own, which would start for seconds each; their names."""
+    called = []
+
+    def call(module, *words):
+        called.append(module.rpartition(".")[2])
+        words = [*words, "use_cpu=true", "logging_steps=1"] if module.endswith(".train") else words
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, words)])
+        importlib.import_module(module).main()
+
+    monkeypatch.setattr(study, "_call", call)
+    monkeypatch.setattr(study, "NUM_INFERENCE_STEPS", 2)
+    return called
+
+
+def words(parts, tmp_path, *more):
+    data = parts / "squares.parquet"
+    given = ["--config", CONFIG, "--data", data, "--test", data, "--vae", parts / "vae", "--vq", parts / "vq"]
+    given += ["--judge", parts / "judge.py", "--work", tmp_path / "work", "--out", tmp_path / "out"]
+    return [*given, "--seeds", 2, "--num_steps", 2, *more]
+
+
+def page(tmp_path, name):
+    (file,) = (tmp_path / "out").glob(f"*_{name}.md")
+    assert Image.open(file.with_suffix(".png")).size[0] > 300
+    text = file.read_text()
+    assert f"![]({file.stem}.png)" in text and "python -m mmar.ablations." in text
+    return text
+
+
+def test_systems_train_as_many_weights():
+    base = MMARConfig.from_pretrained(CONFIG)
+    kl = base.vae_config
+    vq = {name: kl[name] for name in ("block_out_channels", "down_block_types", "up_block_types", "latent_channels")}
+    vq |= {"vq_embed_dim": 32, "num_vq_embeddings": 1024, "norm_num_groups": 1, "layers_per_block": 1}
+    numbers = {name: num_trained(system_config(name, base, vq), True) for name in SYSTEMS}
+    assert max(numbers.values()) / min(numbers.values()) < 1.01, numbers
+    assert numbers["mmar"] == numbers["epsilon"] == num_trained(base, True)
+    epsilon = system_config("epsilon", base)
+    assert epsilon.diffusion_config.prediction_type == "epsilon" and base.diffusion_config.prediction_type != "epsilon"
+    with pytest.raises(ValueError, match="expected one of the systems mmar, .*got 'gan'"):
+        system_config("gan", base)
+
+
+@torch.no_grad()
+def test_a_vq_tokenizer_starts_as_the_kl_one(parts):
+    vae, pictures = AutoencoderKL.from_pretrained(parts / "vae"), torch.rand(2, 3, 64, 64) * 2 - 1
+    for has_quant_conv in (True, False):
+        config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
+        own = AutoencoderKL(
+            **{**config, "use_quant_conv": has_quant_conv, "use_post_quant_conv": has_quant_conv}
+        ).eval()
+        vq = vq_from_kl(own, 8).eval()
+        means = own.encode(pictures).latent_dist.mode()
+        torch.testing.assert_close(vq.encode(pictures).latents, means, atol=1e-5, rtol=1e-5)
+        drawn = vq.decode(means, force_not_quantize=True).sample
+        torch.testing.assert_close(drawn, own.decode(means).sample, atol=1e-5, rtol=1e-5)
+
+
+def test_kmeans_finds_groups_and_leaves_no_code_unused():
+    generator = torch.Generator().manual_seed(0)
+    middles = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
+    tokens = (middles[:, None] + 0.1 * torch.randn(3, 50, 2, generator=generator)).flatten(0, 1)
+    found = kmeans(tokens, 3, generator)
+    assert torch.cdist(middles, found).amin(1).max() < 0.1
+    assert (torch.cdist(tokens, kmeans(tokens, 12, generator)).argmin(-1).bincount(minlength=12) > 0).all()
+
+
+def test_a_trained_vq_tokenizer_is_kept(parts):
+    report = json.loads((parts / "vq" / "report.json").read_text())
+    assert report["steps"] == 2 and report["train"] == report["held_out"] and 1 <= report["train"]["codes_used"] <= 8
+    assert VQModel.from_pretrained(parts / "vq").config.num_vq_embeddings == 8
+
+
+def test_table3_of_all_systems_and_what_goes_on_from_it(parts, tmp_path, monkeypatch, in_process):
+    run(table3, monkeypatch, *words(parts, tmp_path))
+    assert in_process.count("train") == 8 and in_process.count("init_tiny") == 8
+    text = page(tmp_path, "table3_emoji")
+    assert all(name in text for name in SYSTEMS.values()) and "25.0 ± 0.0 %" in text
+    assert "paper: mmar > epsilon > vq > transfusion" in text
+    # Each of its own kind, from weights of its own.
+    trials = tmp_path / "work" / "trials"
+    kinds = {
+        path.parent.parent.parent.name: json.loads(path.read_text()) for path in trials.glob("*/run/final/config.json")
+    }
+    assert {name.split("_")[0]: config["model_type"] for name, config in kinds.items()} == {
+        "mmar": "mmar",
+        "epsilon": "mmar",
+        "vq": "mmar_vq",
+        "transfusion": "mmar_transfusion",
+    }
+    weights = [load_file(path / "init" / "model.safetensors") for path in sorted(trials.glob("mmar_*"))]
+    assert len(weights) == 2 and not torch.equal(*(own["diffusion_mlp.input_projection.weight"] for own in weights))
+
+    # Again: nothing is trained, and the figures are those of before.
+    in_process.clear()
+    run(table3, monkeypatch, *words(parts, tmp_path))
+    assert not in_process and page(tmp_path, "table3_emoji") == text
+
+    # The Transfusion-like models of before, read at six levels.
+    run(noise_levels, monkeypatch, *words(parts, tmp_path))
+    assert not in_process and all(f"| {level} |" in page(tmp_path, "noise_levels_emoji") for level in (0, 125, 750))
+
+    # Changed settings are another trial of that name only where nothing else tells them apart.
+    (trials / "mmar_seed0_max_steps2" / "trial.json").write_text("{}")
+    with pytest.raises(ValueError, match="it was made with other settings. Remove it"):
+        run(table3, monkeypatch, *words(parts, tmp_path))
+
+
+def test_scaling_and_the_second_stage(parts, tmp_path, monkeypatch, in_process):
+    monkeypatch.setattr(scaling, "SHARES", (0.5, 1.0))
+    run(scaling, monkeypatch, *words(parts, tmp_path, "--seeds", 1))
+    text = page(tmp_path, "scaling_emoji")
+    assert "| 0.5 |" in text and "| large |" in text
+    # The base model with all rows is one trial, not two.
+    assert in_process.count("train") == 4
+    sizes = {
+        path.parts[-3]: sum(value.numel() for value in load_file(path).values())
+        for path in (tmp_path / "work" / "trials").glob("*/init/model.safetensors")
+    }
+    assert len(set(sizes.values())) == 3
+
+    in_process.clear()
+    run(stage2, monkeypatch, *words(parts, tmp_path, "--seeds", 1))
+    assert "second stage in (0, 1]" in page(tmp_path, "stage2_emoji")
+    # The first stage once, and two that go on from it.
+    assert in_process.count("train") == 3 and in_process.count("init_tiny") == 1
+
+
+def test_guidance_sweep(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(cfg_sweep, "SCALES", (1.0, 20.0))
+    monkeypatch.setattr("mmar.modeling_mmar.generation_mmar.PRESETS", {"paper": PRESET})
+    options = ["--data", ROOT / "checkpoints/emoji-lite/test.parquet", "--judge", parts / "judge.py", "--num_rows", 2]
+    options += ["--work", tmp_path / "work", "--out", tmp_path / "out", "--seeds", 1]
+    run(cfg_sweep, monkeypatch, ROOT / "checkpoints/mmar-tiny", *options)
+    assert "| 20.0 | 25.0 %" in page(tmp_path, "cfg_sweep")
+    run(cfg_sweep, monkeypatch, ROOT / "checkpoints/mmar-tiny", *options)
+    options[5] = 3
+    with pytest.raises(ValueError, match="another"):
+        run(cfg_sweep, monkeypatch, ROOT / "checkpoints/mmar-tiny", *options)
+
+
+def test_what_is_missing_is_told(parts, tmp_path, monkeypatch, in_process):
+    given = words(parts, tmp_path)
+    for option, message in (
+        ("--data", "expected a parquet of rows for --data"),
+        ("--vae", "expected a folder with a"),
+    ):
+        broken = list(given)
+        broken[broken.index(option) + 1] = tmp_path / "none"
+        with pytest.raises(ValueError, match=message):
+            run(table3, monkeypatch, *broken)
+    with pytest.raises(ValueError, match="--seeds must be between 1 and 10; got 11"):
+        run(table3, monkeypatch, *given, "--seeds", 11)
+    without = Study(CONFIG, *[parts / "squares.parquet"] * 2, parts / "vae", None, "none.py", tmp_path / "work")
+    with pytest.raises(ValueError, match="expected --vq, a folder of a trained VQModel"):
+        without.run(Trial("vq", 0))
+    with pytest.raises(ValueError, match="expected a JSON from the judge 'none.py'"):
+        without.scored(tmp_path)
+
+
+def test_a_part_that_fails_is_told():
+    with pytest.raises(ValueError, match="expected mmar.training.latents to do its work; it ended with 2"):
+        study._call("mmar.training.latents", "--unknown")
+
+
+def test_intervals():
+    # Student's t with 2 degrees of freedom: 4.303 * 1 / sqrt(3).
+    assert interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(2.4844, abs=1e-3))
+    assert cell([0.5, 0.5]) == "50.0 ± 0.0 %" and cell([0.5]) == "50.0 %" and cell([7.0, 9.0], False) == "8.0 ± 12.7"
+
+
+def test_pictures_of_a_trial_are_the_pipelines(parts, tmp_path, in_process):
+    own = Study(
+        CONFIG, *[parts / "squares.parquet"] * 2, parts / "vae", parts / "vq", str(parts / "judge.py"), tmp_path
+    )
+    trial = Trial("mmar", 3, {"max_steps": 1})
+    figures = own.run(trial)
+    assert figures["frechet"] == 12.0 and {"caption", "name", "style", "text_loss", "image_loss"} <= figures.keys()
+    pipe = study.open_pipeline(own.final_of(trial))
+    assert pipe.dtype == torch.bfloat16
+    folder = tmp_path / "trials" / trial.name / "pictures"
+    lines = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
+    prompts = [f"an emoji of {line['label']} in flat style" for line in lines]
+    generators = [torch.Generator().manual_seed(3000 + index) for index in range(len(lines))]
+    images = pipe(prompts, generator=generators, num_inference_steps=2).images
+    for image, line in zip(images, lines, strict=True):
+        assert image.tobytes() == Image.open(folder / line["file"]).tobytes()
