@@ -56,7 +56,10 @@ KL = AutoencoderKind(
     model_class=AutoencoderKL,
     read_config=autoencoder_config,
     other_kinds={
-        QUANTIZER_PREFIX: "a VQ autoencoder (quantize.*). MMAR's tokens are continuous: take LDM's kl-f16.",
+        QUANTIZER_PREFIX: (
+            "a VQ autoencoder (quantize.*). MMAR's tokens are continuous: take LDM's kl-f16. For the ablation with "
+            "discrete tokens, `mmar.conversion.convert_vq16` converts it."
+        ),
     },
 )
 
