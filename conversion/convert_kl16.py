@@ -8,153 +8,25 @@ read from the tensors, each of which is used exactly once. The latent scale is n
 `mmar.conversion.measure_latent_scale`.
 """
 
-import argparse
-import json
-import pickle
-import re
-import zipfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import AutoencoderKL
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..command import run_command
-from ..modeling_mmar.frozen_parts_mmar import sha256_of
-from .folders import new_folder
-
-
-# Where training code puts the weights, and their moving average, in what it saves.
-WEIGHTS_ENTRIES = ("state_dict", "model_state_dict", "model")
-EMA_ENTRIES = ("model_ema", "ema", "ema_state_dict", "state_dict_ema")
-# CompVis' LitEma keeps averages beside the weights, under names without dots, and these two buffers.
-EMA_PREFIX = "model_ema."
-EMA_BUFFERS = ("decay", "num_updates")
-# The discriminator and the perceptual loss.
-LOSS_PREFIX = "loss"
-FIRST_WEIGHT = "encoder.conv_in.weight"
-# Lightning names these classes in its checkpoints as keys of a dict; nothing of them is needed.
-LIGHTNING_CALLBACKS = tuple(
-    f"{package}.callbacks.{name}"
-    for package in ("pytorch_lightning", "lightning.pytorch")
-    for name in (
-        "model_checkpoint.ModelCheckpoint",
-        "early_stopping.EarlyStopping",
-        "lr_monitor.LearningRateMonitor",
-    )
+from .compvis import (
+    QUANTIZER_PREFIX,
+    AutoencoderKind,
+    conversion_command,
+    convert_checkpoint,
+    encoder_and_decoder_config,
 )
-
-# diffusers' name -> CompVis' name, in this order; decoder levels are counted from the other end.
-RENAMES = (
-    (r"encoder\.down_blocks\.", "encoder.down."),
-    (r"\.mid_block\.resnets\.0\.", ".mid.block_1."),
-    (r"\.mid_block\.resnets\.1\.", ".mid.block_2."),
-    (r"\.mid_block\.attentions\.0\.", ".mid.attn_1."),
-    (r"\.resnets\.(\d+)\.", r".block.\1."),
-    (r"\.attentions\.(\d+)\.", r".attn.\1."),
-    (r"\.downsamplers\.0\.", ".downsample."),
-    (r"\.upsamplers\.0\.", ".upsample."),
-    (r"\.conv_shortcut\.", ".nin_shortcut."),
-    (r"\.conv_norm_out\.", ".norm_out."),
-    (r"\.group_norm\.", ".norm."),
-    (r"\.to_([qkv])\.", r".\1."),
-    (r"\.to_out\.0\.", ".proj_out."),
-)
-# Names in an error message.
-MAX_NAMES = 8
-
-
-class _Unneeded:
-    """Stands for a Lightning class whose name is all that a checkpoint holds."""
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    r"""
-    Reads a checkpoint without running any code of it.
-
-    Args:
-        path (`str` or `Path`): `.safetensors`, or a file of `torch.save` such as `.ckpt` and `.pt`.
-
-    Returns:
-        `dict`: What was saved.
-
-    Raises:
-        ValueError: If there is no such file, it is broken, is no checkpoint, or holds more than data.
-    """
-    path = Path(path)
-    _check_file(path)
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(
-                f"expected whole safetensors in {str(path)!r}; got a broken or truncated file ({error}). Download it "
-                "again."
-            ) from error
-    allowed = torch.serialization.safe_globals([(_Unneeded, name) for name in LIGHTNING_CALLBACKS])
-    try:
-        with allowed:
-            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        reason = re.search(r"Unsupported \w+:? ?[^.\n]*(\.\w+)*|GLOBAL [\w.]+", str(error))
-        raise ValueError(
-            f"expected only tensors and plain data in {str(path)!r}; it is broken or holds code, which was not run "
-            f"({reason[0] if reason else str(error).splitlines()[0]}). Download it again, or have its maker save the "
-            "weights as safetensors."
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"expected a checkpoint of torch in {str(path)!r}; it cannot be read ({error!r}). Download it again."
-        ) from error
-    if not isinstance(saved, dict):
-        raise ValueError(f"expected a dict of tensors in {str(path)!r}; got {type(saved).__name__}.")
-    return saved
-
-
-def autoencoder_weights(saved: dict[str, Any], use_ema: bool = True) -> dict[str, Tensor]:
-    r"""
-    Finds the autoencoder's weights in a checkpoint, under CompVis' names without a prefix.
-
-    Args:
-        saved (`dict`): As `read_checkpoint` gives it: a state dict, alone or as an entry, the autoencoder's own or
-            that of a diffusion model with its `first_stage_model.`.
-        use_ema (`bool`, *optional*, defaults to `True`): Take the moving average of the weights where there is one.
-
-    Returns:
-        `dict[str, Tensor]`
-
-    Raises:
-        ValueError: If there is no KL autoencoder in CompVis' layout, or its moving average is not complete.
-    """
-    entries = [*(EMA_ENTRIES if use_ema else ()), *WEIGHTS_ENTRIES]
-    state = next((saved[name] for name in entries if _is_state_dict(saved.get(name))), saved)
-    state = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
-    prefixes = sorted({name.removesuffix(FIRST_WEIGHT) for name in state if name.endswith(FIRST_WEIGHT)}, key=len)
-    if not prefixes or any(".down_blocks." in name for name in state):
-        raise ValueError(_not_an_autoencoder(state or saved))
-    prefix = prefixes[0]
-    state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    averages = {name.removeprefix(EMA_PREFIX): value for name, value in state.items() if name.startswith(EMA_PREFIX)}
-    state = {name: value for name, value in state.items() if not name.startswith((EMA_PREFIX, f"{LOSS_PREFIX}."))}
-    if use_ema and averages:
-        averages = {
-            name: value
-            for name, value in averages.items()
-            if name not in EMA_BUFFERS and not name.startswith(LOSS_PREFIX)
-        }
-        flat_names = {name.replace(".", ""): name for name in state}
-        _check_same_names(flat_names, averages, "the moving average of the weights")
-        state = {flat_names[name]: value for name, value in averages.items()}
-    return state
 
 
 def autoencoder_config(state: dict[str, Tensor]) -> dict[str, Any]:
     r"""
-    Reads the sizes of an autoencoder from its weights.
+    Reads the sizes of a KL autoencoder from its weights.
 
     Args:
         state (`dict[str, Tensor]`): Weights under CompVis' names.
@@ -165,75 +37,31 @@ def autoencoder_config(state: dict[str, Tensor]) -> dict[str, Any]:
     Raises:
         ValueError: If a tensor is missing that tells a size, or the model is a VQ autoencoder.
     """
-    if any(name.startswith("quantize.") for name in state):
-        raise ValueError(_not_an_autoencoder(state))
-    levels = _indices(state, r"encoder\.down\.(\d+)\.")
-    blocks = _indices(state, r"encoder\.down\.0\.block\.(\d+)\.")
-    needed = [FIRST_WEIGHT, "encoder.conv_out.weight", "decoder.conv_out.weight"]
-    needed += [f"encoder.down.{level}.block.0.conv1.weight" for level in range(levels)]
-    if missing := [name for name in needed if name not in state]:
-        raise ValueError(
-            f"expected the whole autoencoder in the checkpoint; {_listed(missing)} missing. Download it again."
-        )
+    if any(name.startswith(QUANTIZER_PREFIX) for name in state):
+        raise ValueError(KL.refusal_by_names(state))
+    config = encoder_and_decoder_config(state)
     has_quant_conv = "quant_conv.weight" in state
-    down_attention = set(_levels_with_attention(state, "encoder.down"))
-    up_attention = set(_levels_with_attention(state, "decoder.up"))
     moments = state["quant_conv.weight" if has_quant_conv else "encoder.conv_out.weight"].shape[0]
-    return {
-        "in_channels": state[FIRST_WEIGHT].shape[1],
-        "out_channels": state["decoder.conv_out.weight"].shape[0],
-        "block_out_channels": [
-            state[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in range(levels)
-        ],
-        "down_block_types": [
-            "AttnDownEncoderBlock2D" if level in down_attention else "DownEncoderBlock2D" for level in range(levels)
-        ],
-        "up_block_types": [
-            "AttnUpDecoderBlock2D" if level in up_attention else "UpDecoderBlock2D"
-            for level in reversed(range(levels))
-        ],
-        "layers_per_block": blocks,
+    return config | {
         "latent_channels": moments // 2,
-        "norm_num_groups": 32,  # fixed in CompVis' code
         "use_quant_conv": has_quant_conv,
         "use_post_quant_conv": "post_quant_conv.weight" in state,
-        "sample_size": 256,  # both were trained at 256 x 256
         "scaling_factor": 1.0,
     }
 
 
-def convert_weights(state: dict[str, Tensor], config: dict[str, Any]) -> AutoencoderKL:
-    r"""
-    Puts CompVis' weights into diffusers' model.
-
-    Args:
-        state (`dict[str, Tensor]`): Weights under CompVis' names.
-        config (`dict`): As `autoencoder_config` gives it.
-
-    Returns:
-        `AutoencoderKL` in float32.
-
-    Raises:
-        ValueError: If a tensor is missing, left over, or of another shape.
-    """
-    with torch.device("meta"):
-        vae = AutoencoderKL(**config)
-    shapes = {name: tensor.shape for name, tensor in vae.state_dict().items()}
-    sources = {name: _compvis_name(name, len(config["block_out_channels"])) for name in shapes}
-    _check_same_names(sources.values(), state, "the autoencoder")
-    converted = {}
-    for name, source in sources.items():
-        tensor = state[source]
-        if tensor.ndim == 4 and len(shapes[name]) == 2:
-            tensor = tensor[:, :, 0, 0]  # attention's 1 x 1 convolutions are linears in diffusers
-        if tensor.shape != shapes[name]:
-            raise ValueError(
-                f"expected {source} of shape {tuple(shapes[name])}, as the other tensors have it; got "
-                f"{tuple(state[source].shape)}. It is not an autoencoder of CompVis' layout."
-            )
-        converted[name] = tensor.float().contiguous()
-    vae.load_state_dict(converted, assign=True)
-    return vae.eval()
+KL = AutoencoderKind(
+    name="KL",
+    published="LDM's kl-f16 or MAR's kl16.ckpt",
+    model_class=AutoencoderKL,
+    read_config=autoencoder_config,
+    other_kinds={
+        QUANTIZER_PREFIX: (
+            "a VQ autoencoder (quantize.*). MMAR's tokens are continuous: take LDM's kl-f16. For the ablation with "
+            "discrete tokens, `mmar.conversion.convert_vq16` converts it."
+        ),
+    },
+)
 
 
 def convert_kl16(checkpoint: str | Path, out: str | Path, use_ema: bool = True, sha256: str | None = None) -> dict:
@@ -252,91 +80,13 @@ def convert_kl16(checkpoint: str | Path, out: str | Path, use_ema: bool = True, 
     Raises:
         ValueError: If the file is not what it should be, or `out` holds something; nothing is left in `out` then.
     """
-    _check_file(checkpoint)
-    digest = sha256_of(checkpoint)
-    if sha256 is not None and digest != sha256.lower():
-        raise ValueError(
-            f"expected the SHA-256 {sha256} of {str(checkpoint)!r}; got {digest}. Download the file again, or check "
-            "where the hash is from."
-        )
-    saved = read_checkpoint(checkpoint)
-    state = autoencoder_weights(saved, use_ema)
-    config = autoencoder_config(state)
-    vae = convert_weights(state, config)
-    parameters = sum(parameter.numel() for parameter in vae.parameters())
-    with new_folder(out, num_bytes=torch.float32.itemsize * parameters) as folder:
-        vae.save_pretrained(folder)
-    has_attention = config["up_block_types"][0] == "AttnUpDecoderBlock2D"
-    return {
-        "variant": "LDM" if has_attention else "MAR",
-        "parameters": parameters,
-        "sha256": digest,
-        "config": config,
-    }
-
-
-def _check_file(path: str | Path) -> None:
-    if not Path(path).is_file():
-        raise ValueError(f"expected a checkpoint file; there is none at {str(path)!r}. Check the path.")
-
-
-def _is_state_dict(value: Any) -> bool:
-    return isinstance(value, dict) and any(isinstance(entry, Tensor) for entry in value.values())
-
-
-def _not_an_autoencoder(state: dict[str, Any]) -> str:
-    message = "expected a KL autoencoder in CompVis' layout, with encoder.conv_in and decoder.conv_in; "
-    names = [str(name) for name in state]
-    if any(name.startswith("quantize.") for name in names):
-        return f"{message}got a VQ autoencoder (quantize.*). MMAR's tokens are continuous: take LDM's kl-f16."
-    if any(".down_blocks." in name for name in names):
-        return f"{message}got diffusers' layout. It needs no conversion: take its folder as it is."
-    return f"{message}got {_listed(names)}. Take LDM's kl-f16 or MAR's kl16.ckpt."
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = sorted(names)
-    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-    return ", ".join(names[:MAX_NAMES]) + more if names else "nothing"
-
-
-def _indices(state: Iterable[str], pattern: str) -> int:
-    """How many levels or blocks there are: one more than the largest index that `pattern` finds."""
-    return 1 + max((int(found[1]) for name in state if (found := re.match(pattern, name))), default=-1)
-
-
-def _levels_with_attention(state: Iterable[str], part: str) -> list[int]:
-    pattern = re.escape(part) + r"\.(\d+)\.attn\."
-    return [int(found[1]) for name in state if (found := re.match(pattern, name))]
-
-
-def _compvis_name(name: str, num_levels: int) -> str:
-    name = re.sub(r"decoder\.up_blocks\.(\d+)", lambda found: f"decoder.up.{num_levels - 1 - int(found[1])}", name)
-    for pattern, replacement in RENAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def _check_same_names(expected: Iterable[str], got: Iterable[str], what: str) -> None:
-    """Every key used exactly once."""
-    expected, got = set(expected), set(got)
-    if expected != got:
-        missing, left_over = expected - got, got - expected
-        raise ValueError(
-            f"expected each tensor of {what} exactly once; missing: {_listed(missing)}; left over: "
-            f"{_listed(left_over)}. The checkpoint is incomplete or of another architecture."
-        )
+    report = convert_checkpoint(checkpoint, out, KL, use_ema, sha256)
+    has_attention = report["config"]["up_block_types"][0] == "AttnUpDecoderBlock2D"
+    return {"variant": "LDM" if has_attention else "MAR"} | report
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help=".ckpt, .pt, .pth or .safetensors")
-    parser.add_argument("out", type=Path, help="folder to make")
-    parser.add_argument("--no_ema", action="store_true", help="not the average of the weights, where there is one")
-    parser.add_argument("--sha256", help="the file's expected hash")
-    args = parser.parse_args()
-    report = convert_kl16(args.checkpoint, args.out, use_ema=not args.no_ema, sha256=args.sha256)
-    print(json.dumps(report, indent=2))
+    conversion_command(__doc__, convert_kl16)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,13 @@ def tiny_config(**overrides: Any) -> MMARConfig:
     return MMARConfig(**parts)
 
 
+def tiny_arguments(**overrides: Any) -> dict[str, Any]:
+    """The arguments of `tiny_config`, for a config of another class."""
+    config = tiny_config(**overrides).to_dict()
+    dropped = ("auto_map", "custom_pipelines", "model_type", "transformers_version", "tie_word_embeddings")
+    return {name: value for name, value in config.items() if name not in dropped}
+
+
 def tiny_model(seed: int = 0, attn_implementation: str = "sdpa", **overrides: Any) -> MMARForConditionalGeneration:
     """A model in eval mode whose zero-initialized weights and Qwen2 biases are random too."""
     torch.manual_seed(seed)

@@ -42,6 +42,11 @@ def test_every_command_is_run_so(path: Path):
             ["no.ckpt", "out"],
             "error: expected a checkpoint file; there is none",
         ),
+        (
+            "conversion.convert_vq16",
+            ["no.ckpt", "out"],
+            "error: expected a checkpoint file; there is none",
+        ),
         ("conversion.model_card", ["nowhere"], "error: expected the folder of an MMAR; 'nowhere' has no readable"),
         (
             "conversion.model_card",

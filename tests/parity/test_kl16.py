@@ -8,7 +8,14 @@ import types
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from reference_kl16 import KL16_WIDTHS, ReferenceKL
+from reference_compvis import (
+    KL16_WIDTHS,
+    ReferenceKL,
+    distance,
+    in_diffusion_model,
+    with_lit_ema,
+    with_random_vectors,
+)
 from safetensors.torch import save_file
 
 from mmar.conversion.convert_kl16 import convert_kl16, main
@@ -20,11 +27,7 @@ NARROW = [32, 64, 96]
 
 def _reference(widths=None, seed=0, **kwargs):
     torch.manual_seed(seed)
-    reference = ReferenceKL(widths or NARROW, **kwargs).eval()
-    for parameter in reference.parameters():
-        if parameter.ndim == 1:
-            torch.nn.init.normal_(parameter, mean=0.5, std=0.5)  # norms and biases must not be trivial
-    return reference
+    return with_random_vectors(ReferenceKL(widths or NARROW, **kwargs))
 
 
 def _assert_equal(folder, reference, size, tolerance=1e-4):
@@ -34,15 +37,10 @@ def _assert_equal(folder, reference, size, tolerance=1e-4):
     with torch.no_grad():
         moments = reference.encode(pictures)
         posterior = vae.encode(pictures).latent_dist
-        assert _distance(posterior.parameters, moments) < tolerance
+        assert distance(posterior.parameters, moments) < tolerance
         z = torch.randn(posterior.mean.shape, generator=generator)
-        assert _distance(vae.decode(z).sample, reference.decode(z)) < tolerance
+        assert distance(vae.decode(z).sample, reference.decode(z)) < tolerance
     return vae
-
-
-def _distance(got, expected):
-    """Largest difference in units of the expected spread."""
-    return float((got - expected).abs().max() / expected.std())
 
 
 @pytest.mark.parametrize(
@@ -73,15 +71,6 @@ def _lightning(reference, monkeypatch):
     }
 
 
-def _ema(reference):
-    """LitEma's averages beside weights that are not averaged."""
-    state = reference.state_dict()
-    average = {f"model_ema.{name.replace('.', '')}": tensor for name, tensor in state.items()}
-    average |= {"model_ema.losslogvar": torch.zeros(()), "model_ema.decay": torch.tensor(0.999)}
-    average["model_ema.num_updates"] = torch.tensor(7)
-    return {"state_dict": {name: torch.zeros_like(tensor) for name, tensor in state.items()} | average}
-
-
 @pytest.mark.parametrize("layout", ["plain", "model", "lightning", "first_stage", "ema", "ema_entry"])
 def test_layouts(tmp_path, monkeypatch, layout):
     reference = _reference(decoder_attention=layout != "model")
@@ -91,11 +80,8 @@ def test_layouts(tmp_path, monkeypatch, layout):
         "plain": lambda: state,
         "model": lambda: {"model": state},
         "lightning": lambda: _lightning(reference, monkeypatch),
-        "first_stage": lambda: {
-            "state_dict": {f"first_stage_model.{name}": tensor for name, tensor in state.items()}
-            | {"model.diffusion_model.out.2.weight": torch.zeros(1), "model_ema.decay": torch.tensor(0.5)}
-        },
-        "ema": lambda: _ema(reference),
+        "first_stage": lambda: {"state_dict": in_diffusion_model(state)},
+        "ema": lambda: {"state_dict": with_lit_ema(state)},
         "ema_entry": lambda: {"model": zeros, "model_ema": state},
     }[layout]()
     torch.save(saved, tmp_path / "model.pt")
@@ -107,7 +93,7 @@ def test_layouts(tmp_path, monkeypatch, layout):
 
 def test_without_ema(tmp_path):
     reference = _reference()
-    torch.save(_ema(reference), tmp_path / "model.ckpt")
+    torch.save({"state_dict": with_lit_ema(reference.state_dict())}, tmp_path / "model.ckpt")
     convert_kl16(tmp_path / "model.ckpt", tmp_path / "vae", use_ema=False)
     vae = AutoencoderKL.from_pretrained(tmp_path / "vae")
     assert all(not parameter.any() for parameter in vae.parameters())
@@ -154,7 +140,7 @@ def _broken(case, folder):
     elif case == "wrong shape":
         torch.save(state | {"encoder.mid.block_1.conv1.weight": torch.zeros(96, 96, 1, 1)}, file)
     elif case == "half an average":
-        saved = _ema(_reference())["state_dict"]
+        saved = with_lit_ema(state)
         del saved["model_ema.quant_convbias"]
         torch.save(saved, file)
     elif case == "vq":
@@ -183,7 +169,7 @@ def _broken(case, folder):
         ("left over", r"missing: nothing; left over: encoder\.extra\.weight"),
         ("wrong shape", r"encoder\.mid\.block_1\.conv1\.weight of shape \(96, 96, 3, 3\)"),
         ("half an average", "moving average.*missing: quant_convbias"),
-        ("vq", "VQ autoencoder"),
+        ("vq", "got a VQ autoencoder.*take LDM's kl-f16.*mmar.conversion.convert_vq16"),
         ("diffusers", "diffusers' layout"),
         ("language model", "got model.layers.*and 12 more"),
         ("numbers", "expected a KL autoencoder in CompVis' layout.*got 1"),

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from helpers import IMAGE, image_marks, random_latents, random_text, seeded, tiny_config
+from helpers import IMAGE, image_marks, random_latents, random_text, seeded, tiny_arguments, tiny_config
 from huggingface_hub.errors import StrictDataclassError
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel
@@ -31,25 +31,20 @@ VQ = {
 SYSTEMS = ["epsilon", "vq", "transfusion"]
 
 
-def parts(**overrides):
-    """The arguments of helpers' tiny config, for a config of another class."""
-    config = tiny_config(**overrides).to_dict()
-    dropped = ("auto_map", "custom_pipelines", "model_type", "transformers_version", "tie_word_embeddings")
-    return {name: value for name, value in config.items() if name not in dropped}
-
-
 def make(system, **changes):
     torch.manual_seed(0)
     if system == "epsilon":
         config = tiny_config(diffusion_config={"prediction_type": "epsilon"})
         model = MMARForConditionalGeneration._from_config(config)
     elif system == "vq":
-        model = MMARVQForConditionalGeneration._from_config(MMARVQConfig(**parts() | {"vae_config": VQ} | changes))
+        model = MMARVQForConditionalGeneration._from_config(
+            MMARVQConfig(**tiny_arguments() | {"vae_config": VQ} | changes)
+        )
         # diffusers begins with codes that are nearly one.
         torch.nn.init.normal_(model.vae.quantize.embedding.weight)
         torch.nn.init.normal_(model.vae.quant_conv.weight, std=2.0)
     else:
-        epsilon = parts(diffusion_config={"prediction_type": "epsilon"})
+        epsilon = tiny_arguments(diffusion_config={"prediction_type": "epsilon"})
         model = MMARTransfusionForConditionalGeneration._from_config(MMARTransfusionConfig(**epsilon | changes))
     for name, parameter in model.named_parameters():
         if any(part in name for part in ("image_B", "modulation", "output_projection", "code_head", "noise_head")):
@@ -238,7 +233,7 @@ def test_vq_config():
     config = MMARVQConfig()
     assert (config.num_latents, config.latent_channels, config.num_codes) == (256, 8, 16384)
     with pytest.raises(StrictDataclassError, match="the whole config of a VQModel; num_vq_embeddings missing"):
-        MMARVQConfig(**parts() | {"vae_config": {k: v for k, v in VQ.items() if k != "num_vq_embeddings"}})
+        MMARVQConfig(**tiny_arguments() | {"vae_config": {k: v for k, v in VQ.items() if k != "num_vq_embeddings"}})
 
 
 # --------------------------------------------------------------------------------------------------------- Transfusion
@@ -326,5 +321,5 @@ def test_what_transfusion_refuses():
     with pytest.raises(ValueError, match="must be one integer here"):
         draw(model, num_inference_steps=(4, 2))
     with pytest.raises(StrictDataclassError, match="`understanding_level` must be between 0 and 1000"):
-        MMARTransfusionConfig(**parts() | {"understanding_level": 1001})
+        MMARTransfusionConfig(**tiny_arguments() | {"understanding_level": 1001})
     assert math.isclose(float(model.alphas_cumprod_of(torch.tensor(0))), 1.0)

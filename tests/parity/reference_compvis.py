@@ -1,4 +1,7 @@
-"""The KL autoencoder of latent diffusion, written out plainly under CompVis' names, to compare the conversion with."""
+"""
+The KL and the VQ autoencoder of latent diffusion, written out plainly under CompVis' names, to compare the conversions
+with, and what training code saves of them.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +90,7 @@ class _Level(nn.Module):
 
 
 class _Encoder(nn.Module):
-    def __init__(self, widths: list[int], num_blocks: int, z_channels: int, attention: bool):
+    def __init__(self, widths: list[int], num_blocks: int, channels_out: int, attention: bool):
         super().__init__()
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
@@ -97,7 +100,7 @@ class _Encoder(nn.Module):
         )
         self.mid = _Middle(widths[-1])
         self.norm_out = _norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], 2 * z_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], channels_out, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -132,7 +135,7 @@ class ReferenceKL(nn.Module):
 
     def __init__(self, widths: list[int], num_blocks: int = 2, z_channels: int = 16, decoder_attention: bool = True):
         super().__init__()
-        self.encoder = _Encoder(widths, num_blocks, z_channels, attention=True)
+        self.encoder = _Encoder(widths, num_blocks, 2 * z_channels, attention=True)
         self.decoder = _Decoder(widths, num_blocks, z_channels, attention=decoder_attention)
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
         self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
@@ -143,6 +146,67 @@ class ReferenceKL(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(z))
+
+
+class ReferenceVQ(nn.Module):
+    """`widths` of the levels; `num_codes` entries of `code_channels` are the codebook, by default vq-f16's."""
+
+    def __init__(
+        self,
+        widths: list[int],
+        num_blocks: int = 2,
+        z_channels: int = 8,
+        code_channels: int = 8,
+        num_codes: int = 16384,
+    ):
+        super().__init__()
+        self.encoder = _Encoder(widths, num_blocks, z_channels, attention=True)
+        self.decoder = _Decoder(widths, num_blocks, z_channels, attention=True)
+        self.quantize = nn.Module()
+        self.quantize.embedding = nn.Embedding(num_codes, code_channels)
+        self.quant_conv = nn.Conv2d(z_channels, code_channels, 1)
+        self.post_quant_conv = nn.Conv2d(code_channels, z_channels, 1)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """What is quantized, `(B, code_channels, h, w)`."""
+        return self.quant_conv(self.encoder(x))
+
+    def codes(self, encoded: Tensor) -> Tensor:
+        """Numbers `(B, h, w)` of the nearest entries."""
+        # (B, 1, C, h, w) - (K, C, 1, 1) -> (B, K, h, w)
+        distances = (encoded[:, None] - self.quantize.embedding.weight[:, :, None, None]).square().sum(2)
+        return distances.argmin(1)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        entries = self.quantize.embedding.weight[codes]  # (B, h, w, C)
+        return self.decoder(self.post_quant_conv(entries.movedim(-1, 1)))
+
+
+def with_random_vectors(reference: nn.Module) -> nn.Module:
+    """In eval mode, with norms and biases that are not trivial."""
+    for parameter in reference.parameters():
+        if parameter.ndim == 1:
+            nn.init.normal_(parameter, mean=0.5, std=0.5)
+    return reference.eval()
+
+
+def with_lit_ema(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """LitEma's averages, which are `state`, beside weights that are not averaged, here zeros."""
+    average = {f"model_ema.{name.replace('.', '')}": tensor for name, tensor in state.items()}
+    average |= {"model_ema.losslogvar": torch.zeros(()), "model_ema.decay": torch.tensor(0.999)}
+    average["model_ema.num_updates"] = torch.tensor(7)
+    return {name: torch.zeros_like(tensor) for name, tensor in state.items()} | average
+
+
+def in_diffusion_model(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An LDM's weights, `state` among them."""
+    own = {"model.diffusion_model.out.2.weight": torch.zeros(1), "model_ema.decay": torch.tensor(0.5)}
+    return {f"first_stage_model.{name}": tensor for name, tensor in state.items()} | own
+
+
+def distance(got: Tensor, expected: Tensor) -> float:
+    """Largest difference in units of the expected spread."""
+    return float((got - expected).abs().max() / expected.std())
 
 
 KL16_WIDTHS = [128, 128, 256, 256, 512]
