@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from transformers import CONFIG_MAPPING
+
 from ..modeling_mmar.configuration_mmar import MMARConfig
 
 
@@ -68,7 +70,7 @@ def read_config(folder: str | Path) -> MMARConfig:
         folder (`str` or `Path`): A local MMAR folder.
 
     Returns:
-        `MMARConfig`
+        `MMARConfig`, or one that builds on it.
 
     Raises:
         ValueError: If there is no readable config.json, or it is another model's.
@@ -79,9 +81,11 @@ def read_config(folder: str | Path) -> MMARConfig:
         raise ValueError(
             f"expected the folder of an MMAR; {str(folder)!r} has no readable config.json ({error})."
         ) from error
-    if model_type != "mmar":
+    # MMAR, and what builds on it (ablations/).
+    config_class = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None
+    if config_class is None or not issubclass(config_class, MMARConfig):
         raise ValueError(f"expected an MMAR's config in {str(folder)!r}; got the model type {model_type!r}.")
-    return MMARConfig.from_pretrained(folder)
+    return config_class.from_pretrained(folder)
 
 
 def check_shard_size(size: str | int) -> None:

@@ -35,6 +35,7 @@ from ..processors.image_processing_mmar import MMARImageProcessor
 from ..processors.processing_mmar import MMARProcessor
 from .folders import check_shard_size, new_folder, read_config
 from .hub_mmar import export_remote_code
+from .models import model_class_of
 
 
 PRESETS = Path(__file__).resolve().parent.parent / "configs"
@@ -254,7 +255,7 @@ def init_from_qwen2(
         "vae": _Weights(weights_files("vae", Path(vae))),
     }
     with torch.device("meta"):
-        model = MMARForConditionalGeneration(config)
+        model = model_class_of(config)(config)
     shapes = dict(model.state_dict())
     if config.tie_word_embeddings:
         shapes.pop("lm_head.weight")
@@ -282,11 +283,12 @@ def init_from_qwen2(
         model.generation_config.save_pretrained(folder)
         processor.save_pretrained(folder)
         MMARPipeline(model, processor, model.default_scheduler()).save_index(folder)
-        export_remote_code(folder)
+        export_remote_code(folder, model.remote_modules)
         written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     counts = {
         name: sum(parameter.numel() for parameter in module.parameters())
-        for name, module in (("model", model.model), ("diffusion_mlp", model.diffusion_mlp), ("vae", model.vae))
+        for name, module in model.named_children()
+        if name != "lm_head"  # the embedding's weights
     }
     return {
         "parameters": counts,
@@ -300,28 +302,32 @@ def init_from_qwen2(
 def _config(preset: str, backbone: Path, vae: Path) -> MMARConfig:
     """The preset's config with the backbone's language model and the VAE's sizes and scale."""
     config = load_preset(preset)
+    vae_class = model_class_of(config).vae_class
+    # diffusers' own class, which converters write.
+    expected = next(own for own in vae_class.__mro__ if own.__module__.startswith("diffusers."))
     try:
-        vae_config = AutoencoderKL.load_config(vae)
+        vae_config = expected.load_config(vae)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"expected the folder of a diffusers AutoencoderKL; {str(vae)!r} cannot be read ({error}). "
-            "`mmar.conversion.convert_kl16` makes one."
+            f"expected the folder of a diffusers {expected.__name__}; {str(vae)!r} cannot be read ({error}). "
+            "`mmar.conversion.convert_kl16` makes an AutoencoderKL."
         ) from error
-    if vae_config.get("_class_name") != "AutoencoderKL":
+    if vae_config.get("_class_name") != expected.__name__:
         raise ValueError(
-            f"expected an AutoencoderKL in {str(vae)!r}; got {vae_config.get('_class_name')!r}. MMAR's tokens are "
-            "continuous, from a KL autoencoder."
+            f"expected {'an' if expected is AutoencoderKL else 'a'} {expected.__name__} in {str(vae)!r}; got "
+            f"{vae_config.get('_class_name')!r}. MMAR's tokens are continuous, from a KL autoencoder; those of the VQ "
+            "ablation are a VQModel's."
         )
     with torch.device("meta"):
         # With the defaults of what the file leaves out.
-        vae_config = AutoencoderKL.from_config(vae_config).config
+        vae_config = expected.from_config(vae_config).config
     values = config.to_dict() | {
         "text_config": Qwen2Config.from_pretrained(backbone).to_dict(),
         "vae_config": {key: value for key, value in vae_config.items() if not key.startswith("_")},
         # The preset's is Qwen2's; Qwen2.5 has more tokens of its own. Set again below, by the tokenizer.
         "image_token_id": 0,
     }
-    return MMARConfig.from_dict(values)
+    return type(config).from_dict(values)
 
 
 def _processor(config: MMARConfig, backbone: Path) -> MMARProcessor:

@@ -1,7 +1,8 @@
-"""Opens what is trained: an MMAR, or a model that builds on it."""
+"""MMAR, and the models that build on it, by their configs."""
 
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoModel
 
 from ..modeling_mmar.configuration_mmar import MMARConfig
@@ -34,3 +35,9 @@ def open_model(path: str, **kwargs: Any) -> MMARForConditionalGeneration:
             f"expected an MMAR in {path!r}; its config is of a {config.model_type!r}. Name another folder."
         )
     return AutoModel.from_pretrained(path, config=config, **kwargs)
+
+
+def model_class_of(config: MMARConfig) -> type[MMARForConditionalGeneration]:
+    """The class of the models that have such a config."""
+    with torch.device("meta"):
+        return type(AutoModel.from_config(config))

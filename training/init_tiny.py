@@ -14,12 +14,12 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerFast
 
 from ..command import run_command
+from ..conversion.models import model_class_of, open_model
 from ..modeling_mmar.configuration_mmar import MMARConfig
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from ..processors.image_processing_mmar import MMARImageProcessor
@@ -99,17 +99,19 @@ def main() -> None:
     parser.add_argument("--config", required=True, type=Path, help="folder with the preset's config.json")
     parser.add_argument("--data", required=True, type=Path, help="parquet whose texts train the tokenizer")
     start = parser.add_mutually_exclusive_group(required=True)
-    start.add_argument("--vae", type=Path, help="diffusers folder of a trained AutoencoderKL")
+    start.add_argument("--vae", type=Path, help="diffusers folder of a trained autoencoder")
     start.add_argument("--model", type=Path, help="checkpoint whose weights to start from, VAE included")
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
-    config = MMARConfig.from_pretrained(args.config)
-    old = None if args.model is None else MMARForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32)
-    vae = AutoencoderKL.from_pretrained(args.vae) if old is None else old.vae
-    if vae.config.latents_std is None:
+    config = AutoConfig.from_pretrained(args.config)
+    if not isinstance(config, MMARConfig):
+        raise ValueError(f"expected the config of an MMAR in --config; got that of a {config.model_type!r}.")
+    old = None if args.model is None else open_model(str(args.model), dtype=torch.float32)
+    vae = model_class_of(config).vae_class.from_pretrained(args.vae) if old is None else old.vae
+    if "latents_std" in vae.config and vae.config.latents_std is None:
         raise ValueError(
             f"expected a VAE with the measured `latents_mean` and `latents_std` in {str(args.vae or args.model)!r}; "
             "they are not there. Let `train_vae` run to its end."
@@ -126,7 +128,7 @@ def main() -> None:
     processor = MMARProcessor(image_processor, tokenizer, num_image_tokens=config.num_latents)
     config.image_token_id = processor.image_token_id
 
-    model = MMARForConditionalGeneration(config)
+    model = model_class_of(config)(config)
     if old is not None:
         old_tokenizer = PreTrainedTokenizerFast.from_pretrained(args.model)
         take_weights(model, old, spelled_by(tokenizer, old_tokenizer))
@@ -140,8 +142,9 @@ def main() -> None:
     model.save_pretrained(args.out)
     processor.save_pretrained(args.out)
     counts = {
-        name: sum(p.numel() for p in module.parameters())
-        for name, module in (("model", model.model), ("diffusion_mlp", model.diffusion_mlp), ("vae", model.vae))
+        name: sum(parameter.numel() for parameter in module.parameters())
+        for name, module in model.named_children()
+        if name != "lm_head"  # the embedding's weights
     }
     print(json.dumps({"vocab_size": len(tokenizer), "parameters": counts}))
 

@@ -43,11 +43,11 @@ from tqdm.auto import tqdm
 
 from .. import __version__
 from ..command import run_command
+from ..conversion.models import open_model
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from ..processors.image_processing_mmar import MMARImageProcessor, MMARImageProcessorKwargs
 from ..processors.processing_mmar import MMARProcessor
 from .mixture import stable_hash
-from .models import open_model
 from .rows import BadRow, open_pictures, pictures_of
 from .sources import Source, open_source
 from .views import KINDS, distort, restyle

@@ -19,13 +19,13 @@ from torch import nn
 from transformers import set_seed
 
 from ..command import run_command
+from ..conversion.models import open_model
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from ..processors.processing_mmar import MMARProcessor
 from .checkpoints import last_whole_checkpoint, num_steps
 from .collator import MMARDataCollator
 from .latents import LatentCache
 from .mixture import Mixture
-from .models import open_model
 from .recipe import DataArguments, SourceArguments, accumulation_steps, parse, read_sources
 from .samples import SampleMaker, StreamedSamples, TrainingSamples, TrainingSource
 from .sources import open_source, open_stream
