@@ -211,17 +211,21 @@ def _describe(
     return json.loads(json.dumps(about, default=str))
 
 
-def _claim(folder: Path, about: dict[str, Any], prompts: Mapping[str, str]) -> None:
-    """Writes drawing.json, or compares the one that is there with what is asked for."""
+def _claim(folder: Path, about: dict[str, Any]) -> None:
+    """Writes drawing.json, unless there are pictures: to those belongs the one that must be there."""
+    picture = next(folder.rglob("*.png"), None)
+    if picture is None:
+        write_json(folder / MANIFEST_NAME, about)
+    elif not (folder / MANIFEST_NAME).exists():
+        raise ValueError(
+            f"expected a new folder, or one with a {MANIFEST_NAME}; {str(folder)!r} has none but holds "
+            f"{str(picture)!r}. Name another folder, or remove this one."
+        )
+
+
+def _compare(folder: Path, about: dict[str, Any]) -> None:
+    """Raises a `ValueError` if drawing.json tells of another run."""
     path = folder / MANIFEST_NAME
-    how = "Give the same ones to go on, name another folder, or remove this one."
-    if not path.exists():
-        if found := next((name for name in prompts if (folder / name).exists()), None):
-            raise ValueError(
-                f"expected a new folder, or one with a {MANIFEST_NAME}; {str(folder)!r} has none but holds {found}. "
-                "Name another folder, or remove this one."
-            )
-        write_json(path, about)
     try:
         begun = json.loads(path.read_text(encoding="utf-8"))
         changed = [name for name in IDENTITY if begun[name] != about[name]]
@@ -233,7 +237,8 @@ def _claim(folder: Path, about: dict[str, Any], prompts: Mapping[str, str]) -> N
     if changed:
         differences = "; ".join(f"its {IDENTITY[name]} is {begun[name]}, now it is {about[name]}" for name in changed)
         raise ValueError(
-            f"expected the model, prompts and arguments with which {str(folder)!r} was begun; {differences}. {how}"
+            f"expected the model, prompts and arguments with which {str(folder)!r} was begun; {differences}. Give the "
+            "same ones to go on, name another folder, or remove this one."
         )
 
 
@@ -278,12 +283,10 @@ def draw_pictures(
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1; got {batch_size}.")
     about = _describe(pipe, prompts, seed, arguments, command)
-    # The first one makes the folder's claim, the others find it.
     if processes.is_first:
-        _claim(folder, about, prompts)
+        _claim(folder, about)
     processes.wait()
-    if not processes.is_first:
-        _claim(folder, about, prompts)
+    _compare(folder, about)
 
     files = list(prompts)
     missing = {i for i, name in enumerate(files) if not (folder / name).exists()}

@@ -243,8 +243,8 @@ class SquarePictures(Dataset):
 
     Args:
         files (`list[Path]`): The pictures.
-        size (`int`): Edge of the squares: the largest middle square is cut out, and scaled by Pillow's antialiased
-            bicubic filter. A picture of that very size stays as it is.
+        size (`int`): Edge of the squares: the shorter edge is scaled to it by Pillow's antialiased bicubic filter, and
+            the middle is cut out. A picture of that very size stays as it is.
     """
 
     def __init__(self, files: list[Path], size: int):
@@ -416,7 +416,7 @@ def measure(
         "num_real": about["num_pictures"],
         "resolution": {
             "drawn": size,
-            "real": f"largest middle square scaled to {size} by Pillow's antialiased bicubic filter"
+            "real": f"shorter edge scaled to {size} by Pillow's antialiased bicubic filter, the middle cut out"
             if real.is_dir()
             else "as in the statistics",
         },
