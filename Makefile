@@ -16,7 +16,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 demo: $(VENV)/.done
 	$(BIN)/python examples/demo.py
 
-test: $(VENV)/.done
+test: $(VENV)/.done $(VENV)/evaluation/.done
 	$(PYTEST) -n 2 --dist loadfile
 
 test-slow: $(VENV)/.done
@@ -27,6 +27,13 @@ test-quantization: $(VENV)/.done
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/quantization \
 		torchao bitsandbytes -c constraints.txt
 	PYTHONPATH=$(VENV)/quantization $(PYTEST) tests/integration/test_size.py
+
+# Apart too, for the tests of FID, and without the torchvision that it asks for: one that was built for another torch
+# than the one here would stop transformers.
+$(VENV)/evaluation/.done: constraints.txt | $(VENV)/.done
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/evaluation \
+		torch-fidelity -c constraints.txt
+	touch $@
 
 test-gpu: $(VENV)/.done
 	$(PYTEST) -m gpu
