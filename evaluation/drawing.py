@@ -6,7 +6,7 @@ and the pictures as PNG files, each whole or not there.
 
 A picture's noise hangs on the run's seed and its own number only. Batches are blocks of consecutive numbers, whichever
 process draws them and whatever is drawn already: the files of a run that was killed, or of any number of processes,
-are byte by byte those of one unbroken process. Another batch size changes the rounding of a picture, no more.
+are byte by byte those of one unbroken process. Another batch size only rounds a picture otherwise.
 """
 
 import argparse
