@@ -17,7 +17,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 demo: $(VENV)/.done
 	$(BIN)/python examples/demo.py
 
-test: $(VENV)/.done
+test: $(VENV)/.done $(VENV)/evaluation/.done
 	$(PYTEST) -n 2 --dist loadfile
 
 test-slow: $(VENV)/.done
@@ -34,6 +34,13 @@ test-triton: $(VENV)/.done
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/triton triton \
 		-c constraints.txt
 	PYTHONPATH=$(VENV)/triton TRITON_INTERPRET=1 $(PYTEST) tests/unit/test_fused_head.py
+
+# Apart too, for the tests of FID, and without the torchvision that it asks for: one that was built for another torch
+# than the one here would stop transformers.
+$(VENV)/evaluation/.done: constraints.txt | $(VENV)/.done
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/evaluation \
+		torch-fidelity -c constraints.txt
+	touch $@
 
 test-gpu: $(VENV)/.done
 	$(PYTEST) -m gpu

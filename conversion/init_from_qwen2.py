@@ -310,7 +310,7 @@ def _config(preset: str, backbone: Path, vae: Path) -> MMARConfig:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"expected the folder of a diffusers {expected.__name__}; {str(vae)!r} cannot be read ({error}). "
-            "`mmar.conversion.convert_kl16` makes an AutoencoderKL."
+            "`mmar.conversion.convert_kl16` makes an AutoencoderKL, `convert_vq16` a VQModel."
         ) from error
     if vae_config.get("_class_name") != expected.__name__:
         raise ValueError(

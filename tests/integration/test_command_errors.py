@@ -53,6 +53,12 @@ def test_every_command_is_run_so(path: Path):
             ["checkpoints/mmar-tiny", "--facts", "LICENSE"],
             "error: expected the facts of",
         ),
+        (
+            "evaluation.fid",
+            ["checkpoints/mmar-tiny", "--captions", "no.json", "--real", "real", "--out", "out"],
+            "error: expected captions in COCO's layout",
+        ),
+        ("evaluation.geneval", ["scores", "no.jsonl"], "error: expected the results of GenEval's scorer"),
         ("training.train", ["no.yaml"], "error: expected a recipe (a YAML file) as first argument; got ['no.yaml']."),
     ],
 )

@@ -1,0 +1,102 @@
+"""
+DPG-Bench (arXiv 2403.05135): pictures of its prompts in the layout that its scorer reads.
+
+    python -m mmar.evaluation.dpg MODEL --prompts dpg_bench/prompts --out runs/dpg
+    torchrun --nproc_per_node 8 -m mmar.evaluation.dpg MODEL ...
+    bash dpg_bench/dist_eval.sh runs/dpg/grids 256                 # DPG-Bench's own, on GPUs
+
+The prompt in 7.txt becomes grids/7.png, four pictures in two rows; each alone is in samples/7/. The scorer is told the
+edge of one of them, 256 for a model of 256 x 256 pictures, and cuts the grid up. A run that was stopped is started
+again with the same words and goes on where it was.
+"""
+
+import argparse
+import io
+from pathlib import Path
+
+from PIL import Image
+
+from ..command import run_command
+from .drawing import Processes, add_arguments, command_of, draw_with, spread, write_whole
+
+
+# A grid's rows and columns; the scorer knows no other.
+GRID = 2
+
+
+def read_prompts(folder: Path) -> list[tuple[str, str]]:
+    r"""
+    Args:
+        folder (`Path`): One text file per prompt, ID.txt.
+
+    Returns:
+        `list[tuple[str, str]]`: IDs and prompts, by ID.
+
+    Raises:
+        ValueError: If the folder is missing or has no such file, a file is empty or no text, or an ID has a dot, at
+            which the scorer would cut it off.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"expected a folder of prompts, ID.txt each; there is no folder {str(folder)!r}.")
+    files = sorted(folder.glob("*.txt"))
+    if not files:
+        raise ValueError(f"expected a folder of prompts, ID.txt each; there is no .txt in {str(folder)!r}.")
+    prompts = []
+    for file in files:
+        try:
+            prompt = " ".join(file.read_text(encoding="utf-8").split())
+        except UnicodeDecodeError as error:
+            raise ValueError(f"expected a prompt in UTF-8 in {str(file)!r}; got {error}.") from error
+        if not prompt:
+            raise ValueError(f"expected a prompt in {str(file)!r}; it is empty. Fill or remove it.")
+        if "." in file.stem:
+            raise ValueError(
+                f"expected file names with one dot, before txt, since DPG-Bench's scorer cuts them at the first; got "
+                f"{file.name!r}. Rename it."
+            )
+        prompts.append((file.stem, prompt))
+    return prompts
+
+
+def make_grid(files: list[Path]) -> Image.Image:
+    r"""
+    Args:
+        files (`list[Path]`): Four square pictures of one size.
+
+    Returns:
+        `PIL.Image.Image`: Two rows of two, the first above.
+    """
+    pictures = [Image.open(file).convert("RGB") for file in files]
+    size = pictures[0].width
+    grid = Image.new("RGB", (GRID * size, GRID * size))
+    for place, picture in enumerate(pictures):
+        row, column = divmod(place, GRID)
+        grid.paste(picture, (column * size, row * size))
+    return grid
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--prompts", required=True, type=Path, help="folder of ID.txt, dpg_bench/prompts")
+    parser.add_argument("--num_prompts", type=int, help="so many, spread over the folder; all by default")
+    args = parser.parse_args()
+    rows = [row for _, row in spread(read_prompts(args.prompts), args.num_prompts, "num_prompts")]
+    processes = Processes.from_environment()
+    samples = {name: [f"samples/{name}/{sample}.png" for sample in range(GRID * GRID)] for name, _ in rows}
+    prompts = {file: prompt for name, prompt in rows for file in samples[name]}
+    draw_with(args, prompts, processes, command_of("mmar.evaluation.dpg", args))
+    processes.leave()
+    if not processes.is_first:
+        return
+    size = 0
+    for name, files in samples.items():
+        grid = make_grid([args.out / file for file in files])
+        size, buffer = grid.width // GRID, io.BytesIO()
+        grid.save(buffer, "PNG")
+        write_whole(args.out / "grids" / f"{name}.png", buffer.getvalue())
+    print(f"{args.out / 'grids'}: {len(rows)} grids. Next: dist_eval.sh of DPG-Bench, with that folder and {size}.")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,387 @@
+"""
+Draws pictures for many prompts, in one process or in many, and goes on after a kill.
+
+The commands `fid`, `geneval` and `dpg` draw through it. Their folder holds drawing.json, which says what draws there,
+and the pictures as PNG files, each whole or not there.
+
+A picture's noise hangs on the run's seed and its own number only. Batches are blocks of consecutive numbers, whichever
+process draws them and whatever is drawn already: the files of a run that was killed, or of any number of processes,
+are byte by byte those of one unbroken process. Another batch size only rounds a picture otherwise.
+"""
+
+import argparse
+import datetime
+import hashlib
+import io
+import json
+import math
+import os
+import shlex
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import nn
+from tqdm.auto import tqdm
+
+from .. import __version__
+from ..modeling_mmar.generation_mmar import PRESETS
+from ..pipelines.pipeline_mmar import MMARPipeline
+from ..training.mixture import stable_hash
+
+
+MANIFEST_NAME = "drawing.json"
+# Entries of drawing.json that make a run what it is, in words; the others say where it is from.
+IDENTITY = {
+    "model_sha256": "fingerprint of the model",
+    "prompts_sha256": "fingerprint of the prompts",
+    "num_pictures": "number of pictures",
+    "seed": "seed",
+    "arguments": "arguments of generation",
+    "scheduler": "scheduler",
+}
+# Entries of a config that differ between versions and folders of one model.
+PASSING = {"transformers_version", "auto_map", "custom_pipelines", "architectures"}
+# Ending of files that are being written.
+UNFINISHED = ".unfinished"
+# A process that is done waits for the slowest.
+PATIENCE = datetime.timedelta(days=7)
+
+
+# ---------------------------------------------------------------------------------------------------------- processes
+
+
+@dataclass(frozen=True)
+class Processes:
+    r"""
+    The processes that draw into one folder.
+
+    Args:
+        number (`int`, *optional*, defaults to 1): How many there are.
+        index (`int`, *optional*, defaults to 0): Which of them this is.
+        local_index (`int`, *optional*, defaults to 0): Which of those of this machine.
+    """
+
+    number: int = 1
+    index: int = 0
+    local_index: int = 0
+
+    @classmethod
+    def from_environment(cls) -> "Processes":
+        """As torchrun and `accelerate launch` started them; one, if neither did."""
+        number, index, local_index = (
+            int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
+        )
+        return cls(number, index, local_index)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this one does what is done once."""
+        return self.index == 0
+
+    def wait(self) -> None:
+        """Returns when all of them are here."""
+        if self.number == 1:
+            return
+        if not torch.distributed.is_initialized():
+            # Nothing but waiting is done together, for which the CPU will do.
+            torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+        torch.distributed.barrier()
+
+    def leave(self) -> None:
+        """Ends what `wait` began."""
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    @property
+    def device(self) -> torch.device:
+        """The accelerator of this one, or the CPU."""
+        if not torch.accelerator.is_available():
+            return torch.device("cpu")
+        index = self.local_index % torch.accelerator.device_count()
+        return torch.device(torch.accelerator.current_accelerator().type, index)
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file in whole or not at all, whatever happens to this process or the power."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The dot hides it from those who look for pictures.
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}{UNFINISHED}")
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except OSError as error:
+        # A write, unlike an open, does not say to which file.
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as JSON, whole or not at all."""
+    write_whole(path, json.dumps(value, indent=1).encode() + b"\n")
+
+
+def write_lines(path: Path, rows: list[Any]) -> None:
+    """Writes rows as JSON, one a line, whole or not at all."""
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def read_lines(path: Path, what: str) -> list[dict[str, Any]]:
+    r"""
+    Args:
+        path (`Path`): A file with a JSON object on each line.
+        what (`str`): What it holds, for messages.
+
+    Returns:
+        `list[dict]`: The objects.
+
+    Raises:
+        ValueError: If the file is missing or empty, or a line is no JSON object.
+    """
+    if not path.is_file():
+        raise ValueError(f"expected {what}; there is no file {str(path)!r}.")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"expected a JSON object on line {number} of {str(path)!r}; got {error}.") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"expected a JSON object on line {number} of {str(path)!r}; got {line[:80]!r}.")
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"expected {what} in {str(path)!r}; it is empty.")
+    return rows
+
+
+# -------------------------------------------------------------------------------------------------------- fingerprints
+
+
+def _lasting(config: Any) -> Any:
+    """A config without what differs between versions and folders of one model."""
+    if not isinstance(config, Mapping):
+        return config
+    kept = {str(name): value for name, value in config.items() if name not in PASSING}
+    return {name: _lasting(value) for name, value in kept.items() if not name.startswith("_")}
+
+
+def model_sha256(model: nn.Module) -> str:
+    r"""
+    Args:
+        model (`MMARForConditionalGeneration`): A model, on any device.
+
+    Returns:
+        `str`: SHA-256 of its config and of its weights, in their dtype and the order of their names.
+    """
+    digest = hashlib.sha256(json.dumps(_lasting(model.config.to_dict()), sort_keys=True, default=str).encode())
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
+        digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _describe(
+    pipe: MMARPipeline, prompts: Mapping[str, str], seed: int, arguments: dict[str, Any], command: str | None
+) -> dict[str, Any]:
+    """What drawing.json says."""
+    about = {
+        "version": __version__,
+        "command": command,
+        "model_sha256": model_sha256(pipe.model),
+        "prompts_sha256": hashlib.sha256(json.dumps(list(prompts.items())).encode()).hexdigest(),
+        "num_pictures": len(prompts),
+        "seed": seed,
+        "arguments": {name: value for name, value in arguments.items() if value is not None},
+        "scheduler": {"class": type(pipe.scheduler).__name__, **_lasting(dict(pipe.scheduler.config))},
+    }
+    # As it is read back: JSON knows no tuples.
+    return json.loads(json.dumps(about, default=str))
+
+
+def _claim(folder: Path, about: dict[str, Any]) -> None:
+    """Writes drawing.json, unless there are pictures: to those belongs the one that must be there."""
+    picture = next(folder.rglob("*.png"), None)
+    if picture is None:
+        write_json(folder / MANIFEST_NAME, about)
+    elif not (folder / MANIFEST_NAME).exists():
+        raise ValueError(
+            f"expected a new folder, or one with a {MANIFEST_NAME}; {str(folder)!r} has none but holds "
+            f"{str(picture)!r}. Name another folder, or remove this one."
+        )
+
+
+def _compare(folder: Path, about: dict[str, Any]) -> None:
+    """Raises a `ValueError` if drawing.json tells of another run."""
+    path = folder / MANIFEST_NAME
+    try:
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name in IDENTITY if begun[name] != about[name]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"expected {', '.join(IDENTITY)} in {str(path)!r}; it is no {MANIFEST_NAME} of drawings. Name another "
+            "folder, or remove this one."
+        ) from error
+    if changed:
+        differences = "; ".join(f"its {IDENTITY[name]} is {begun[name]}, now it is {about[name]}" for name in changed)
+        raise ValueError(
+            f"expected the model, prompts and arguments with which {str(folder)!r} was begun; {differences}. Give the "
+            "same ones to go on, name another folder, or remove this one."
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------- drawing
+
+
+def draw_pictures(
+    pipe: MMARPipeline,
+    prompts: Mapping[str, str],
+    folder: str | Path,
+    seed: int = 0,
+    batch_size: int = 8,
+    processes: Processes | None = None,
+    command: str | None = None,
+    **arguments: Any,
+) -> int:
+    r"""
+    Draws a picture for each prompt, or those that are not there yet, and returns when all processes have.
+
+    Args:
+        pipe (`MMARPipeline`): Draws, on the device where it is.
+        prompts (`Mapping[str, str]`): Prompt of each picture, by the picture's file in `folder`, which ends in .png.
+            Its number, on which its noise hangs, is its place in here.
+        folder (`str` or `Path`): To draw into, or to go on with.
+        seed (`int`, *optional*, defaults to 0): Of the run.
+        batch_size (`int`, *optional*, defaults to 8): Pictures that are drawn at once. A kill loses one batch.
+        processes (`Processes`, *optional*): Those that draw into the folder, this one alone by default: batch i is
+            drawn by process i modulo their number.
+        command (`str`, *optional*): How to go on from a shell; noted in drawing.json.
+        **arguments: Of the pipeline: `guidance_scale`, `preset`, `num_ar_steps` and so on. None is its default.
+
+    Returns:
+        `int`: Pictures that this process has drawn; 0 if all were there.
+
+    Raises:
+        ValueError: If there are no prompts, an argument is out of range, or the folder holds another run's pictures.
+        OSError: If a picture cannot be written; those before it stay.
+    """
+    folder, processes = Path(folder), processes or Processes()
+    if not prompts:
+        raise ValueError("expected at least one prompt to draw; got none.")
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1; got {batch_size}.")
+    about = _describe(pipe, prompts, seed, arguments, command)
+    if processes.is_first:
+        _claim(folder, about)
+    processes.wait()
+    _compare(folder, about)
+
+    files = list(prompts)
+    missing = {i for i, name in enumerate(files) if not (folder / name).exists()}
+    num_batches = math.ceil(len(files) / batch_size)
+    own = [range(i * batch_size, min((i + 1) * batch_size, len(files))) for i in range(num_batches)]
+    own = [batch for batch in own[processes.index :: processes.number] if not missing.isdisjoint(batch)]
+    num_drawn, bar_of_pipe = 0, dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        total = sum(map(len, own))
+        with tqdm(total=total, unit=" pictures", desc="drawing", disable=not processes.is_first) as bar:
+            for batch in own:
+                # In whole, though a kill may have left a part of it: rounding hangs on the batch.
+                generators = [torch.Generator().manual_seed(stable_hash(seed, i)) for i in batch]
+                images = pipe([prompts[files[i]] for i in batch], generator=generators, **arguments).images
+                for i, image in zip(batch, images, strict=True):
+                    if i in missing:
+                        buffer = io.BytesIO()
+                        image.save(buffer, "PNG")
+                        write_whole(folder / files[i], buffer.getvalue())
+                        num_drawn += 1
+                bar.update(len(batch))
+    finally:
+        pipe.set_progress_bar_config(**bar_of_pipe)
+    processes.wait()
+    if processes.is_first:
+        # What a kill has left.
+        for leftover in folder.rglob(f".*{UNFINISHED}"):
+            leftover.unlink(missing_ok=True)
+    return num_drawn
+
+
+# ------------------------------------------------------------------------------------------------------------- command
+
+
+OPTIONS = ("guidance_scale", "preset", "num_ar_steps", "num_inference_steps")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what the commands that draw have in common."""
+    parser.add_argument("model", help="folder or Hub id of an MMAR")
+    parser.add_argument("--out", required=True, type=Path, help="folder to draw into, or to go on with")
+    parser.add_argument("--seed", type=int, default=0, help="of the run")
+    parser.add_argument("--batch_size", type=int, default=8, help="pictures drawn at once")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="as saved by default")
+    parser.add_argument("--guidance_scale", type=float, help="the model's by default, like those below")
+    parser.add_argument("--preset", choices=tuple(PRESETS), help="steps and sampler")
+    parser.add_argument("--num_ar_steps", type=int, help="autoregressive steps")
+    parser.add_argument("--num_inference_steps", type=int, help="diffusion steps per token")
+
+
+def command_of(module: str, args: argparse.Namespace, positional: tuple[str, ...] = ("model",)) -> str:
+    """The words with which a command is started again: what was given, and the defaults."""
+    words = [str(getattr(args, name)) for name in positional]
+    for name, value in vars(args).items():
+        if name not in positional and value is not None:
+            words += [f"--{name}", str(value)]
+    return shlex.join(["python", "-m", module, *words])
+
+
+def draw_with(args: argparse.Namespace, prompts: Mapping[str, str], processes: Processes, command: str) -> str:
+    r"""
+    Draws as a command's arguments say.
+
+    Args:
+        args (`argparse.Namespace`): Of a parser that `add_arguments` was given.
+        prompts (`Mapping[str, str]`): As in `draw_pictures`.
+        processes (`Processes`): Those that draw.
+        command (`str`): How to go on.
+
+    Returns:
+        `str`: The model's fingerprint, as drawing.json has it.
+    """
+    kwargs = {} if args.dtype is None else {"dtype": getattr(torch, args.dtype)}
+    pipe = MMARPipeline.from_pretrained(args.model, **kwargs).to(processes.device)
+    options = {name: getattr(args, name) for name in OPTIONS}
+    draw_pictures(pipe, prompts, args.out, args.seed, args.batch_size, processes, command, **options)
+    return json.loads((args.out / MANIFEST_NAME).read_text(encoding="utf-8"))["model_sha256"]
+
+
+def spread(rows: list[Any], number: int | None, name: str) -> list[tuple[int, Any]]:
+    r"""
+    Args:
+        rows (`list`): All rows.
+        number (`int`, *optional*): How many to take; all by default.
+        name (`str`): The argument that says so, for messages.
+
+    Returns:
+        `list[tuple[int, Any]]`: As many rows, spread evenly, with their places.
+
+    Raises:
+        ValueError: If there are not so many.
+    """
+    number = len(rows) if number is None else number
+    if not 1 <= number <= len(rows):
+        raise ValueError(f"`{name}` must be between 1 and {len(rows)}, all there are; got {number}.")
+    places = [i * len(rows) // number for i in range(number)]
+    return [(place, rows[place]) for place in places]
