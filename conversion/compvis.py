@@ -251,7 +251,7 @@ def convert_weights(state: dict[str, Tensor], config: dict[str, Any], model_clas
     converted = {}
     for name, source in sources.items():
         tensor = state[source]
-        if tensor.ndim == 4 and len(shapes[name]) == 2:
+        if tensor.shape[2:] == (1, 1) and len(shapes[name]) == 2:
             tensor = tensor[:, :, 0, 0]  # attention's 1 x 1 convolutions are linears in diffusers
         if tensor.shape != shapes[name]:
             raise ValueError(
