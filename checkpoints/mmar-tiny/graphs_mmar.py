@@ -7,6 +7,8 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor, nn
 
+from .packed_linear_mmar import PackedLinear
+
 
 # Capturing costs about as much as some calls: only what comes again and again is captured, as in the paper's protocol.
 CALLS_BEFORE_CAPTURE = 8
@@ -35,7 +37,13 @@ def capture_cuda_graph(
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a part of a module waits for its own call, as a user's hook or accelerate's: a graph would skip it."""
-    return any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in module.modules())
+    return any(
+        part._forward_hooks
+        or part._forward_pre_hooks
+        # Another thread may be drawing with the same weights, packed.
+        or not isinstance(vars(part).get("forward"), (PackedLinear, type(None)))
+        for part in module.modules()
+    )
 
 
 class GraphCache:

@@ -9,7 +9,8 @@ from helpers import random_text, seeded, tiny_model
 from mmar.modeling_mmar import graphs_mmar
 from mmar.modeling_mmar.denoising_mmar import Denoiser
 from mmar.modeling_mmar.generation_mmar import RoundEncoder
-from mmar.modeling_mmar.graphs_mmar import CALLS_BEFORE_CAPTURE, GraphCache
+from mmar.modeling_mmar.graphs_mmar import CALLS_BEFORE_CAPTURE, GraphCache, has_hooks
+from mmar.modeling_mmar.packed_linear_mmar import PackedLinear
 
 
 class Recorder:
@@ -125,6 +126,15 @@ def test_the_encoder_of_known_tokens_has_few_shapes(recorder, monkeypatch):
             encoded = encoder(masked, hidden, num_known)
             torch.testing.assert_close(encoded, plain(tokens, hidden, num_known), atol=1e-5, rtol=1e-5)
     assert static == [2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12, 14, 14, 16, 16]
+
+
+def test_weights_that_another_thread_has_packed_are_no_hooks():
+    module = torch.nn.Linear(3, 3)
+    assert not has_hooks(module)
+    module.forward = PackedLinear(module.weight, module.bias, num_rows=2)
+    assert not has_hooks(module)
+    module.forward = lambda inputs: inputs
+    assert has_hooks(module)
 
 
 def test_an_encoder_with_hooks_is_called_as_it_is(recorder, monkeypatch):
