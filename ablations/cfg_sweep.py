@@ -12,11 +12,13 @@ import argparse
 import json
 from pathlib import Path
 
+import torch
+
 from ..benchmarks.quality import claim, folder_of, run
 from ..command import run_command
 from ..pipelines.pipeline_mmar import MMARPipeline
 from ..training.emoji_rows import read_rows
-from .study import STUDENT, cell, interval, plot_path, table, told, write_page
+from .study import STUDENT, cell, check_plots, interval, plot_path, table, told, write_page
 
 
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 15.0, 20.0)
@@ -61,14 +63,18 @@ def main() -> None:
         parser.error(f"--seeds must be between 1 and {len(STUDENT) + 1}; got {args.seeds}")
     if not args.judge.is_file():
         parser.error(f"--judge must be a script; {args.judge} is not there")
+    check_plots()
     pipe, figures = MMARPipeline.from_pretrained(args.model), {}
+    if torch.accelerator.is_available():
+        pipe.to(torch.accelerator.current_accelerator())
     args.work.mkdir(parents=True, exist_ok=True)
     claim(args.work, pipe, rows)
     for seed in range(args.seeds):
         for scale in SCALES:
             arguments = {"guidance_scale": scale, "preset": "paper"}
             folder = folder_of(args.work, args.judge, pipe.scheduler, seed, arguments)
-            outcome = run(pipe, rows, args.judge, folder, seed, arguments)
+            # A picture's noise hangs on the sum of seed and row: none is drawn with another's.
+            outcome = run(pipe, rows, args.judge, folder, seed * len(rows), arguments)
             figures.setdefault(scale, []).append(outcome)
             print(json.dumps({"scale": scale, "seed": seed, **outcome}), flush=True)
     picture = plot_path(args.out, "cfg_sweep")
@@ -85,7 +91,7 @@ the drawings.
 ![]({picture.name})
 """
     title = "Guidance from 1 to 20"
-    write_page(args.out, "cfg_sweep", title, told("mmar.ablations.cfg_sweep", args), body)
+    write_page(args.out, "cfg_sweep", title, told("mmar.ablations.cfg_sweep", args, "model"), body)
 
 
 if __name__ == "__main__":

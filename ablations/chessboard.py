@@ -16,9 +16,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..benchmarks.timing import commit, processor, versions
@@ -33,6 +36,7 @@ from ..modeling_mmar.diffusion_mmar import (
     diffusion_loss,
 )
 from ..modeling_mmar.packed_linear_mmar import packed_linears
+from .study import check_plots
 
 
 # Fields along each side of the board, of side 1 / 2: unit variance is about what latents have. Classes are quadrants.
@@ -193,6 +197,22 @@ def run(
     return outcome, torch.cat(shown), torch.cat(wrong)
 
 
+def kept_run(work: Path | None, *arguments: Any) -> tuple[Outcome, Tensor, Tensor]:
+    """`run`, read from a folder if it was done there with these arguments, else kept there."""
+    if work is None:
+        return run(*arguments)
+    file = work / f"{'_'.join(map(str, arguments))}.safetensors"
+    if not file.is_file():
+        outcome, points, wrong = run(*arguments)
+        work.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        save_file({"points": points, "wrong": wrong}, partial, metadata={"outcome": json.dumps(asdict(outcome))})
+        partial.replace(file)
+    with safe_open(file, "pt") as opened:
+        outcome = Outcome(**json.loads(opened.metadata()["outcome"]))
+        return outcome, opened.get_tensor("points"), opened.get_tensor("wrong")
+
+
 def plot(clouds: dict[tuple[str, str], tuple[Tensor, Tensor]], file: Path) -> None:
     """Samples of each system on a scale of its own, errors in red."""
     from matplotlib.figure import Figure
@@ -242,6 +262,7 @@ field of its class. Training in bfloat16 is autocast; in sampling the network is
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=Path, help="folder to write the page and the plot to")
+    parser.add_argument("--work", type=Path, help="folder that keeps each system's outcome, to go on after a stop")
     parser.add_argument("--num_steps", type=int, default=10_000, help="of training, each of 2,048 points")
     parser.add_argument("--num_samples", type=int, default=1_000_000, help="per system and seed")
     parser.add_argument("--num_inference_steps", type=int, default=100, help="of DDPM")
@@ -249,11 +270,12 @@ def main() -> None:
     args = parser.parse_args()
     if min(args.num_steps, args.num_samples, args.seeds) < 1 or args.num_inference_steps < 2:
         parser.error("--num_steps, --num_samples and --seeds must be at least 1, and --num_inference_steps 2")
+    check_plots()
     outcomes, clouds = [], {}
     for prediction_type, dtype in SYSTEMS:
         for seed in range(args.seeds):
-            outcome, points, wrong = run(
-                prediction_type, dtype, seed, args.num_steps, args.num_samples, args.num_inference_steps
+            outcome, points, wrong = kept_run(
+                args.work, prediction_type, dtype, seed, args.num_steps, args.num_samples, args.num_inference_steps
             )
             outcomes.append(outcome)
             clouds.setdefault((prediction_type, dtype), (points, wrong))

@@ -6,8 +6,10 @@ Fashion-MNIST as a second set for the experiments: rows with questions and answe
     python -m mmar.ablations.fashion score PICTURES --judge runs/fashion/judge.safetensors \
         --reference runs/fashion/test.parquet
 
-A picture's name is its class and its style its shade, dark, grey or bright, which follows from its pixels. The judge
-is a small CNN trained on the training rows; `score` prints what emoji-styles' judge prints.
+A picture's name is its class and its style its shade, dark, grey or bright, which follows from its pixels. Rows have
+the pictures as drawings on white, like emoji: inverted, with 2 white pixels around, 32 x 32; the judge undoes that. It
+is a small CNN trained on the training rows; `score` prints what emoji-styles' judge prints. Views (views.py) change
+lightness, and so the shade: train without, `--num_copies 0`.
 """
 
 import argparse
@@ -30,7 +32,7 @@ from ..training.emoji_rows import DEPENDS_ON
 
 
 QUESTIONS = ["Describe the image.", "What is it?", "Which shade?"]
-SIZE = 28
+SIZE, BORDER = 28, 2
 # The data set's definition of a shade: the mean of pixels above this, and where grey begins and ends.
 FOREGROUND, SHADE_BOUNDS = 20, (142.0, 182.4)
 SHADES = ("dark", "grey", "bright")
@@ -55,7 +57,7 @@ def build(source: Path, out: Path, num_rows: int | None, num_test: int) -> dict[
         rows = pq.read_table(file).to_pylist()
         built = [
             {
-                "image": row["image"],
+                "image": {"bytes": on_white(row["image"]["bytes"]), "path": row["image"]["path"]},
                 "captions": [row["captions"][-1]],
                 "label": row["label_name"],
                 "style": row["shade"],
@@ -69,6 +71,8 @@ def build(source: Path, out: Path, num_rows: int | None, num_test: int) -> dict[
             }
             for row in (rows[:num_rows] if split == "train" else rows)
         ]
+        if num_test > len(built):
+            raise ValueError(f"--num_test must be at most {len(built)}, the rows of {file.name}; got {num_test}.")
         spread = [built[index * len(built) // num_test] for index in range(num_test)]
         for name, kept in ((split, built), *([("test_small", spread)] if split == "test" else [])):
             pq.write_table(pa.Table.from_pylist(kept), out / f"{name}.parquet", compression="zstd")
@@ -95,9 +99,22 @@ class FashionJudge(nn.Module):
         return self.head(features), features
 
 
+def on_white(content: bytes) -> bytes:
+    """A picture's file, grey on black, as one of 32 x 32 pixels, inverted, on white."""
+    grey = np.asarray(Image.open(io.BytesIO(content)).convert("L"))
+    if grey.shape != (SIZE, SIZE):
+        raise ValueError(f"expected pictures of {SIZE} x {SIZE} pixels; got {grey.shape[1]} x {grey.shape[0]}.")
+    buffer = io.BytesIO()
+    Image.fromarray(np.pad(255 - grey, BORDER, constant_values=255)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def to_grey(image: Image.Image) -> np.ndarray:
-    """A picture of any size as `(28, 28)` bytes."""
-    return np.asarray(image.convert("L").resize((SIZE, SIZE), Image.Resampling.BOX))
+    """A picture of a row, or a drawing like it, as `(28, 28)` bytes, grey on black."""
+    whole = SIZE + 2 * BORDER
+    if image.size != (whole, whole):
+        raise ValueError(f"expected pictures of {whole} x {whole} pixels; got {image.width} x {image.height}.")
+    return 255 - np.asarray(image.convert("L"))[BORDER:-BORDER, BORDER:-BORDER]
 
 
 def read_parquet(path: Path) -> tuple[Tensor, list[str]]:
@@ -111,6 +128,8 @@ def read_parquet(path: Path) -> tuple[Tensor, list[str]]:
 
 def train_judge(pictures: Tensor, labels: Tensor, num_names: int, num_epochs: int, seed: int) -> FashionJudge:
     """A judge that learned pictures `(N, 1, 28, 28)` and the numbers of their names `(N,)`, shifted by up to 2."""
+    if len(pictures) < BATCH_SIZE:
+        raise ValueError(f"expected at least {BATCH_SIZE} training rows for a judge; got {len(pictures)}.")
     torch.manual_seed(seed)
     generator, judge = torch.Generator().manual_seed(seed), FashionJudge(num_names).train()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
@@ -173,6 +192,8 @@ def score(folder: Path, weights: Path, reference: Path) -> dict[str, Any]:
     drawn = np.stack([to_grey(Image.open(folder / line["file"])) for line in lines])
     real, _ = read_parquet(reference)
     logits, features = judge(torch.from_numpy(drawn)[:, None].float() / 255)
+    if unknown := sorted({line["label"] for line in lines} - set(names)):
+        raise ValueError(f"expected names that the judge learned, {', '.join(names)}; got {', '.join(unknown)}.")
     asked = torch.tensor([names.index(line["label"]) for line in lines])[:, None]
     best = logits.topk(min(NUM_BEST, len(names))).indices
     real_features = torch.cat([judge(part)[1] for part in real.split(512)])
@@ -217,8 +238,11 @@ def main() -> None:
         numbers = torch.tensor([names.index(label) for label in labels])
         trained = train_judge(pictures, numbers, len(names), args.num_epochs, args.seed)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        save_file(trained.state_dict(), args.out)
         args.out.with_suffix(".json").write_text(json.dumps(names))
+        # Last, and whole: it is what tells that there is a judge.
+        partial = args.out.with_suffix(".partial")
+        save_file(trained.state_dict(), partial)
+        partial.replace(args.out)
         print(json.dumps({"names": len(names), "pictures": len(pictures)}))
     else:
         print(json.dumps(score(args.folder, args.judge, args.reference)))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from ..modeling_mmar.configuration_mmar import MMARConfig
-from ..modeling_mmar.diffusion_mmar import cosine_alphas_cumprod
+from ..modeling_mmar.diffusion_mmar import MMARTimestepEmbedding, cosine_alphas_cumprod
 from ..modeling_mmar.embedding_vit_mmar import MMARViTLinear
 from ..modeling_mmar.generation_mmar import ImageRun
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration, MMARModel
@@ -70,14 +70,15 @@ class MMARTransfusionConfig(MMARConfig):
 
 
 class MMARNoisyLatentEncoder(nn.Module):
-    """Noisy latents and their level to the LLM's inputs: a linear, and learned embeddings of level and position."""
+    """Noisy latents and their level to the LLM's inputs: a linear, and learned embeddings of level and place."""
 
     def __init__(self, config: MMARTransfusionConfig):
         super().__init__()
         width = config.text_config.hidden_size
         self.input_projection = MMARViTLinear(config.latent_channels, width)
-        # Level 0 is no noise; level t is timestep t - 1 of the schedule.
-        self.level_embedding = nn.Parameter(torch.zeros(config.diffusion_config.num_train_timesteps + 1, width))
+        # Level 0 is no noise; level t is timestep t - 1 of the schedule. Learned from sinusoids: a short training sees
+        # some of the thousand levels a few times.
+        self.level_embedding = MMARTimestepEmbedding(config.diffusion_config.frequency_embedding_size, width)
         # All tokens of a picture share a RoPE position.
         self.position_embedding = nn.Parameter(torch.zeros(config.num_latents, width))
 
@@ -91,7 +92,7 @@ class MMARNoisyLatentEncoder(nn.Module):
             `torch.FloatTensor` of shape `(I, N, D)`.
         """
         embeds = self.input_projection(noisy_latents.to(self.input_projection.weight.dtype))
-        return embeds + self.level_embedding[levels][:, None] + self.position_embedding
+        return embeds + self.level_embedding(levels)[:, None] + self.position_embedding
 
 
 class MMARTransfusionModel(MMARModel):
@@ -107,9 +108,7 @@ class MMARTransfusionModel(MMARModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, MMARNoisyLatentEncoder):
-            std = self.config.vit_config.initializer_range
-            init.normal_(module.level_embedding, std=std)
-            init.normal_(module.position_embedding, std=std)
+            init.normal_(module.position_embedding, std=self.config.vit_config.initializer_range)
         else:
             super()._init_weights(module)
 

@@ -13,9 +13,23 @@ import argparse
 import json
 from pathlib import Path
 
+import torch
+
 from ..command import run_command
 from ..training.emoji_rows import read_rows
-from .study import Trial, add_arguments, cell, interval, open_pipeline, open_study, plot_path, table, told, write_page
+from .study import (
+    Trial,
+    add_arguments,
+    cell,
+    interval,
+    open_pipeline,
+    open_study,
+    plot_path,
+    table,
+    told,
+    write_figures,
+    write_page,
+)
 
 
 LEVELS = (0, 125, 250, 375, 500, 750)  # v1, A.8
@@ -45,10 +59,16 @@ def main() -> None:
     study, figures, rows = open_study(args), {}, read_rows(args.test)
     settings = {} if args.num_steps is None else {"max_steps": args.num_steps}
     for seed in range(args.seeds):
-        pipe = open_pipeline(study.final_of(Trial("transfusion", seed, settings)))
+        trial = Trial("transfusion", seed, settings)
+        pipe = open_pipeline(study.final_of(trial))
         for level in LEVELS:
-            pipe.model.config.understanding_level = level
-            outcome = study.understand(pipe, rows)
+            file = study.folder_of(trial) / f"understanding_{level}.json"
+            if not file.is_file():
+                pipe.model.config.understanding_level = level
+                # The same noise at each level.
+                torch.manual_seed(seed)
+                write_figures(file, study.understand(pipe, rows))
+            outcome = json.loads(file.read_text())
             figures.setdefault(level, []).append(outcome)
             print(json.dumps({"level": level, "seed": seed, **outcome}), flush=True)
     name = f"noise_levels_{args.config.name}"

@@ -28,6 +28,7 @@ from ..modeling_mmar.parameterization_mmar import add_noise, v_from_epsilon, v_t
 from ..pipelines.pipeline_mmar import MMARPipeline
 from ..training.emoji_rows import read_rows
 from .chessboard import start_as_mmar
+from .study import check_plots
 
 
 DELTA = 1 / 128  # suppl. Sec. 6.2
@@ -227,6 +228,7 @@ def main() -> None:
     args = parser.parse_args()
     if min(args.num_steps, args.num_samples) < 1:
         parser.error("--num_steps and --num_samples must be at least 1")
+    check_plots()
     tokens, curves, losses = read_tokens(args.model, args.data), step_errors(seed=args.seed), {}
     for prediction_type in ("v_prediction", "epsilon"):
         network = train_head(tokens, prediction_type, args.num_steps, args.seed)

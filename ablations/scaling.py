@@ -5,8 +5,9 @@ More data and larger models, in small (Fig. 3 C, Sec. 4.3): answers and drawings
         --test checkpoints/emoji-lite/test.parquet --vae runs/vae --judge JUDGE.py --work runs/scaling \\
         --out docs/results
 
-The data are a quarter, a half and all of the training rows with equal steps; the models are three widths and depths
-with all rows. Paper: understanding rises with the samples seen, without saturation, and from 0.5B to 7B.
+Three things are varied, each from the base trial: the steps, and so the samples seen, a quarter, a half and all of
+them (the paper's axis); the training rows, a quarter, a half and all of them with equal steps; and the model, three
+widths and depths. Paper: understanding rises with the samples seen, without saturation, and from 0.5B to 7B.
 """
 
 import argparse
@@ -14,7 +15,8 @@ import json
 from pathlib import Path
 
 from ..command import run_command
-from .study import Trial, add_arguments, cell, interval, open_study, plot_path, table, told, write_page
+from .study import Trial, add_arguments, cell, interval, open_study, plot_path, recipe_steps, table, told, write_page
+from .systems import num_trained
 
 
 SHARES = (0.25, 0.5, 1.0)
@@ -43,13 +45,13 @@ SIZES = {
 COLUMNS = {"name": "names answered", "style": "styles answered", "name_top1": "drawings named", "frechet": "Frechet"}
 
 
-def plot(by_share: dict[float, list[dict]], by_size: dict[str, list[dict]], file: Path) -> None:
-    """Names answered and drawings named, against data and against size."""
+def plot(axes_of_study: dict[str, dict[object, list[dict[str, float]]]], file: Path) -> None:
+    """Names answered and drawings named, along each of what is varied."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(4.5 * len(axes_of_study), 4), layout="constrained")
     for axes, (label, runs) in zip(
-        figure.subplots(1, 2, sharey=True), (("share of the rows", by_share), ("model", by_size)), strict=True
+        figure.subplots(1, len(axes_of_study), sharey=True), axes_of_study.items(), strict=True
     ):
         for key, text in (("name", "names answered"), ("name_top1", "drawings named")):
             means, halves = zip(*(interval([own[key] for own in outcomes]) for outcomes in runs.values()), strict=True)
@@ -62,42 +64,43 @@ def plot(by_share: dict[float, list[dict]], by_size: dict[str, list[dict]], file
     figure.savefig(file)
 
 
-def lines_of(runs: dict) -> list[list[str]]:
-    return [
-        [str(place), *(cell([own[key] for own in outcomes], key != "frechet") for key in COLUMNS)]
-        for place, outcomes in runs.items()
-    ]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     args = parser.parse_args()
-    study, by_share, by_size = open_study(args), {}, {}
+    study = open_study(args)
     settings = {} if args.num_steps is None else {"max_steps": args.num_steps}
-    trials = [
-        (by_share, share, lambda seed, share=share: Trial("mmar", seed, settings, share=share)) for share in SHARES
-    ]
-    trials += [
-        (by_size, size, lambda seed, base=base: Trial("mmar", seed, settings, base)) for size, base in SIZES.items()
-    ]
+    all_steps = settings.get("max_steps", recipe_steps())
+    figures: dict[str, dict[object, list[dict[str, float]]]] = {}
     for seed in range(args.seeds):
-        for runs, place, make in trials:
-            outcome = study.run(make(seed))
-            runs.setdefault(place, []).append(outcome)
-            print(json.dumps({"at": place, "seed": seed, **outcome}), flush=True)
+        base = Trial("mmar", seed, settings)
+        # A share of the steps is a training of its own, with its own cosine.
+        steps = [max(1, round(share * all_steps)) for share in SHARES]
+        trials = [("steps", n, base if n == all_steps else Trial("mmar", seed, {"max_steps": n})) for n in steps]
+        trials += [("share of the rows", share, Trial("mmar", seed, settings, share=share)) for share in SHARES]
+        for size, entries in SIZES.items():
+            trial = Trial("mmar", seed, settings, entries)
+            millions = num_trained(study.config_of(trial), train_backbone=True) / 1e6
+            trials.append(("model", f"{size}, {millions:.1f} M trained weights", trial))
+        for axis, place, trial in trials:
+            outcome = study.run(trial)
+            figures.setdefault(axis, {}).setdefault(place, []).append(outcome)
+            print(json.dumps({axis: place, "seed": seed, **outcome}), flush=True)
     name = f"scaling_{args.config.name}"
     picture = plot_path(args.out, name)
-    plot(by_share, by_size, picture)
-    body = f"""
-Mean and half of Student's 95 % interval over {args.seeds} seeds.
-
-{table(["share of the rows", *COLUMNS.values()], lines_of(by_share))}
-
-{table(["model", *COLUMNS.values()], lines_of(by_size))}
-
-![]({picture.name})
-"""
+    plot(figures, picture)
+    tables = [
+        table(
+            [axis, *COLUMNS.values()],
+            [
+                [place, *(cell([own[key] for own in outcomes], key != "frechet") for key in COLUMNS)]
+                for place, outcomes in runs.items()
+            ],
+        )
+        for axis, runs in figures.items()
+    ]
+    body = f"Mean and half of Student's 95 % interval over {args.seeds} seeds.\n\n"
+    body += "\n\n".join([*tables, f"![]({picture.name})"])
     write_page(args.out, name, "Data and model scaling in small", told("mmar.ablations.scaling", args), body)
 
 

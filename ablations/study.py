@@ -1,10 +1,11 @@
 """
 What the experiments share: trials of one data set, each a system trained from scratch and measured, and their table.
 
-A trial is kept in its folder, with what it is made of beside its figures: a study that was stopped goes on within the
-trial that it was at, and one that was changed says so.
+A trial is kept in its folder, with hashes of all that it is made of beside its figures: a study that was stopped goes
+on within the trial that it was at, and one that was changed says so.
 """
 
+import functools
 import json
 import math
 import shlex
@@ -20,10 +21,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import yaml
+from transformers.utils import is_matplotlib_available
 
 from ..benchmarks.timing import commit, processor, versions
+from ..conversion.folders import new_folder
 from ..evaluation.emoji_styles import ask, draw
 from ..modeling_mmar.configuration_mmar import MMARConfig
+from ..modeling_mmar.frozen_parts_mmar import sha256_of
 from ..pipelines.pipeline_mmar import MMARPipeline
 from ..training.emoji_rows import read_rows
 from .systems import system_config
@@ -33,6 +38,10 @@ RECIPE = Path(__file__).parent / "recipes" / "small.yaml"
 # How a system's training departs from the recipe: the Transfusion-like one generates whole pictures.
 SETTINGS = {"transfusion": {"mask_ratio_min": 0.999}}
 NUM_INFERENCE_STEPS = 50
+# Steps between losses that are logged, and how many of these are averaged at the end.
+NUM_LOGGED, NUM_AVERAGED = 100, 10
+# Our names of the judge's figures.
+JUDGED = {"name_top1": "name_top1", "style_drawn": "style", "frechet": "frechet", "frechet_real": "frechet_real"}
 # Two-sided 95 % quantiles of Student's t, by degrees of freedom.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
@@ -115,18 +124,22 @@ class Study:
         Raises:
             ValueError: If the folder holds another trial, or a part of it failed.
         """
-        folder = self.work / "trials" / trial.name
+        folder = self.folder_of(trial)
         self._claim(folder, trial)
         file = folder / "figures.json"
         if not file.is_file():
             figures = {**self._train(folder, trial), **self.measure(folder / "run" / "final", folder, trial.seed)}
-            _write(file, figures)
+            write_figures(file, figures)
         return json.loads(file.read_text())
+
+    def folder_of(self, trial: Trial) -> Path:
+        """Where a trial is kept."""
+        return self.work / "trials" / trial.name
 
     def final_of(self, trial: Trial) -> Path:
         """Folder of a trained model."""
         self.run(trial)
-        return self.work / "trials" / trial.name / "run" / "final"
+        return self.folder_of(trial) / "run" / "final"
 
     def measure(self, model: Path, out: Path, seed: int, **options: Any) -> dict[str, float]:
         r"""
@@ -145,13 +158,7 @@ class Study:
         figures = self.understand(pipe, rows)
         draw(pipe, rows, out / "pictures", 1000 * seed, **{"num_inference_steps": NUM_INFERENCE_STEPS, **options})
         judged = self.scored(out / "pictures")
-        return {
-            **figures,
-            "name_top1": judged["name_top1"],
-            "style_drawn": judged["style"],
-            "frechet": judged["frechet"],
-            "frechet_real": judged["frechet_real"],
-        }
+        return {**figures, **{name: float(judged[key]) for name, key in JUDGED.items()}}
 
     def understand(self, pipe: MMARPipeline, rows: list[dict[str, Any]]) -> dict[str, float]:
         """Shares of the rows whose answer is exactly right, for each of their questions."""
@@ -170,40 +177,69 @@ class Study:
         command = [sys.executable, *shlex.split(self.judge), str(pictures)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         try:
-            return json.loads(done.stdout)
-        except ValueError as error:
+            judged = json.loads(done.stdout)
+            return {key: judged[key] for key in JUDGED.values()}
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"expected a JSON from the judge {self.judge!r}; it ended with {done.returncode} and wrote "
-                f"{done.stdout[:200]!r}. Its own messages are above."
+                f"expected a JSON with {', '.join(JUDGED.values())} from the judge {self.judge!r}; it ended with "
+                f"{done.returncode} and wrote {done.stdout[:200]!r}. Its own messages are above."
             ) from error
 
     def _claim(self, folder: Path, trial: Trial) -> None:
         """Marks a folder as a trial's; raises a `ValueError` if it is another's."""
-        own = json.loads(json.dumps({**asdict(trial), "recipe": RECIPE.read_text(), "data": self.data.name}))
+        own = json.loads(json.dumps({"trial": asdict(trial), **self._made_of}))
         file = folder / "trial.json"
-        if file.is_file() and json.loads(file.read_text()) != own:
+        begun = json.loads(file.read_text()) if file.is_file() else own
+        if changed := [name for name in own if begun.get(name) != own[name]]:
             raise ValueError(
-                f"expected the trial {trial.name!r} in {str(folder)!r}; it was made with other settings. Remove it, "
-                "or name another --work."
+                f"expected the trial {trial.name!r} in {str(folder)!r}; it was begun with another {changed[0]}. "
+                "Remove it, or name another --work."
             )
         folder.mkdir(parents=True, exist_ok=True)
-        _write(file, own)
+        write_figures(file, own)
+
+    @functools.cached_property
+    def _made_of(self) -> dict[str, Any]:
+        """What the figures of all trials hang on, by what it is called in messages."""
+        files = {"training data": self.data, "held-out data": self.test, "config": self.config / "config.json"}
+        for name, folder in (("VAE", self.vae), ("VQ tokenizer", self.vq)):
+            if folder is not None:
+                files[name] = folder / "diffusion_pytorch_model.safetensors"
+        for word in shlex.split(self.judge):
+            if Path(word).is_file():
+                files[f"judge's {Path(word).name}"] = Path(word)
+        return {
+            **{name: sha256_of(file) for name, file in files.items()},
+            "judge": [Path(word).name for word in shlex.split(self.judge)],
+            "recipe": RECIPE.read_text(),
+            "departures from the recipe": SETTINGS,
+            "number of copies": self.num_copies,
+            "number of diffusion steps": NUM_INFERENCE_STEPS,
+        }
 
     def _train(self, folder: Path, trial: Trial) -> dict[str, float]:
         data, init = self._rows(trial.share), folder / "init"
         if trial.start is not None:
             init = self.final_of(trial.start)
-        elif not (init / "model.safetensors").is_file():
+        elif not init.is_dir():
             self._make_init(trial, init)
         settings = {"seed": trial.seed, **SETTINGS.get(trial.system, {}), **trial.settings}
+        # A short training says something too.
+        settings["logging_steps"] = min(NUM_LOGGED, settings.get("max_steps", NUM_LOGGED))
         words = [str(RECIPE), f"model={init}", f"data={data}", f"latents={self._latents(trial, init, data)}"]
         words += [f"output_dir={folder / 'run'}", *(f"{key}={value}" for key, value in settings.items())]
         _call("mmar.training.train", *words)
-        history = json.loads((folder / "run" / "trainer_state.json").read_text())["log_history"]
-        last = [entry for entry in history if "text_loss" in entry][-10:]
-        return {name: statistics.mean(entry[name] for entry in last) for name in ("text_loss", "image_loss")}
+        states = sorted((folder / "run").glob("checkpoint-*/trainer_state.json"), key=_step_of)
+        state = folder / "run" / "trainer_state.json"
+        history = json.loads((state if state.is_file() else states[-1]).read_text())["log_history"]
+        losses = {}
+        for name in ("text_loss", "image_loss"):
+            last = [entry[name] for entry in history if name in entry][-NUM_AVERAGED:]
+            losses[name] = statistics.mean(last) if last else math.nan
+        return losses
 
-    def _make_init(self, trial: Trial, init: Path) -> None:
+    def config_of(self, trial: Trial) -> MMARConfig:
+        """The config of a trial's model; raises a `ValueError` if it needs a VQ tokenizer that is not there."""
         values = json.loads((self.config / "config.json").read_text())
         for path, value in trial.base.items():
             *parents, key = path.split(".")
@@ -212,27 +248,28 @@ class Study:
                 entry = entry[parent]
             entry[key] = value
         values["text_config"].pop("layer_types", None)
-        is_vq = trial.system == "vq"
-        if is_vq and self.vq is None:
-            raise ValueError("expected --vq, a folder of a trained VQModel, for the system 'vq'.")
-        tokenizer = self.vq if is_vq else self.vae
         vq_config = None
-        if is_vq:
+        if trial.system == "vq":
+            if self.vq is None:
+                raise ValueError("expected --vq, a folder of a trained VQModel, for the system 'vq'.")
             read = json.loads((self.vq / "config.json").read_text())
             vq_config = {key: value for key, value in read.items() if not key.startswith("_")}
-        config = system_config(trial.system, MMARConfig.from_dict(values), vq_config)
-        of_config = init.with_name("config")
+        return system_config(trial.system, MMARConfig.from_dict(values), vq_config)
+
+    def _make_init(self, trial: Trial, init: Path) -> None:
+        config, of_config = self.config_of(trial), init.with_name("config")
         config.save_pretrained(of_config)
-        _call(
-            "mmar.training.init_tiny",
-            *("--config", of_config, "--data", self.data, "--vae", tokenizer, "--out", init, "--seed", trial.seed),
-        )
+        tokenizer = self.vq if trial.system == "vq" else self.vae
+        with new_folder(init) as whole:
+            # All systems begin untrained.
+            options = ["--vae", tokenizer, "--no-take_latent_encoder", "--out", whole, "--seed", trial.seed]
+            _call("mmar.training.init_tiny", "--config", of_config, "--data", self.data, *options)
 
     def _rows(self, share: float) -> Path:
         """All training rows, or the first of them in an order that is drawn once."""
         if share == 1:
             return self.data
-        file = self.work / f"rows_{share:g}.parquet"
+        file = self.work / f"rows_{share:g}_{self._made_of['training data'][:8]}.parquet"
         if not file.is_file():
             table = pq.read_table(self.data)
             order = torch.randperm(len(table), generator=torch.Generator().manual_seed(0))
@@ -250,12 +287,28 @@ class Study:
         return folder
 
 
+def recipe_steps() -> int:
+    """Steps of the recipe."""
+    return yaml.safe_load(RECIPE.read_text())["max_steps"]
+
+
 def open_pipeline(model: Path) -> MMARPipeline:
-    """In bfloat16, the precision of the training (suppl. Sec. 6.1, "Mixed-Precision Inference")."""
-    return MMARPipeline.from_pretrained(model, dtype=torch.bfloat16)
+    """In bfloat16, the precision of the training (suppl. Sec. 6.1), on the accelerator if there is one."""
+    pipe = MMARPipeline.from_pretrained(model, dtype=torch.bfloat16)
+    return pipe.to(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else pipe
 
 
-def _write(file: Path, values: dict[str, Any]) -> None:
+def check_plots() -> None:
+    """Raises a `ValueError` if no plot can be made: hours before it would be."""
+    if not is_matplotlib_available():
+        raise ValueError("expected matplotlib, for the plot; it is not there. `pip install mmar[plots]` brings it.")
+
+
+def _step_of(state: Path) -> int:
+    return int(state.parent.name.rpartition("-")[2])
+
+
+def write_figures(file: Path, values: dict[str, Any]) -> None:
     """Whole or not there."""
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(values, indent=1) + "\n")
@@ -305,13 +358,15 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("--out", required=True, type=Path, help="folder to write the page and the plot to")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
     parser.add_argument("--num_steps", type=int, help="of training; the recipe's by default")
+    parser.add_argument("--num_copies", type=int, default=6, help="views of each picture beside itself (views.py)")
 
 
 def open_study(args: Any) -> Study:
     """The study that the words tell."""
     if not 1 <= args.seeds <= len(STUDENT) + 1:
         raise ValueError(f"--seeds must be between 1 and {len(STUDENT) + 1}; got {args.seeds}.")
-    return Study(args.config, args.data, args.test, args.vae, args.vq, args.judge, args.work)
+    check_plots()
+    return Study(args.config, args.data, args.test, args.vae, args.vq, args.judge, args.work, args.num_copies)
 
 
 def write_page(out: Path, name: str, title: str, command: str, body: str) -> None:
@@ -328,11 +383,13 @@ def plot_path(out: Path, name: str) -> Path:
     return out / f"{date.today().isoformat()}_{name}.png"
 
 
-def told(module: str, args: Any) -> str:
+def told(module: str, args: Any, positional: str | None = None) -> str:
     """The command, as a page shows it; paths as they were given."""
     words = [f"python -m {module}"]
+    if positional is not None:
+        words.append(shlex.quote(str(getattr(args, positional))))
     for name, value in vars(args).items():
-        if value is not None:
+        if value is not None and name != positional:
             given = value if isinstance(value, list) else [value]
             words.append(f"--{name} {shlex.join(map(str, given))}")
     return " ".join(words)

@@ -63,7 +63,7 @@ def system_config(
         `MMARConfig`, or one that builds on it, of as many trained weights.
 
     Raises:
-        ValueError: For another name.
+        ValueError: For another name, or if it has more trained weights without PLoRA.
     """
     if name not in SYSTEMS:
         raise ValueError(f"expected one of the systems {', '.join(SYSTEMS)}; got {name!r}.")
@@ -73,12 +73,19 @@ def system_config(
     if name == "vq":
         values["vae_config"] = vq_config
     config_class = CONFIG_CLASSES.get(name, MMARConfig)
-    scale, target = base.plora_alpha / base.plora_rank, num_trained(base, train_backbone)
+    target = num_trained(base, train_backbone)
 
     def of_rank(rank: int) -> MMARConfig:
-        return config_class.from_dict({**values, "plora_rank": rank, "plora_alpha": scale * rank})
+        # Alpha stays, as it does from 0.5B to 7B (suppl. Sec. 6.1), so that the learning rate need not change.
+        return config_class.from_dict({**values, "plora_rank": rank})
 
     if name in ("mmar", "epsilon"):
         return of_rank(base.plora_rank)
     one, two = (num_trained(of_rank(rank), train_backbone) for rank in (1, 2))
-    return of_rank(max(1, 1 + round((target - one) / (two - one))))
+    rank = 1 + round((target - one) / (two - one))
+    if rank < 1:
+        raise ValueError(
+            f"expected {target:,} trained weights for {name!r}; without PLoRA it has {2 * one - two:,}. Take fewer "
+            "codes, or a larger base."
+        )
+    return of_rank(rank)

@@ -95,7 +95,7 @@ def kmeans(tokens: Tensor, num_codes: int, generator: torch.Generator) -> Tensor
 @torch.no_grad()
 def encoded(vq: VQModel, pictures: Tensor) -> Tensor:
     """Tokens `(N * h * w, C)` of pictures `(N, 3, H, W)`, bytes, before they become codes."""
-    batches = [vq.encode(part.float() / 127.5 - 1).latents for part in pictures.split(64)]
+    batches = [vq.encode(part.to(vq.device).float() / 127.5 - 1).latents.cpu() for part in pictures.split(64)]
     return torch.cat(batches).permute(0, 2, 3, 1).flatten(0, 2)
 
 
@@ -104,11 +104,11 @@ def measure(vq: VQModel, pictures: Tensor) -> dict[str, float]:
     """Reconstruction PSNR in dB, how many codes are used, and their perplexity."""
     error, counts = 0.0, torch.zeros(vq.config.num_vq_embeddings)
     for part in pictures.split(64):
-        pixel_values = part.float() / 127.5 - 1
+        pixel_values = part.to(vq.device).float() / 127.5 - 1
         quantized, _, (_, _, codes) = vq.quantize(vq.encode(pixel_values).latents)
         drawn = vq.decode(quantized, force_not_quantize=True).sample.clamp(-1, 1)
         error += F.mse_loss(drawn, pixel_values).item() * len(part)
-        counts += codes.flatten().bincount(minlength=len(counts))
+        counts += codes.flatten().bincount(minlength=len(counts)).cpu()
     shares = counts / counts.sum()
     return {
         "psnr": float(10 * torch.log10(torch.tensor(4 * len(pictures) / error))),
@@ -139,11 +139,11 @@ def train(
     counts, entries, start = torch.zeros(vq.config.num_vq_embeddings), vq.quantize.embedding.weight, time.monotonic()
     for step in range(num_steps):
         index = torch.randint(0, len(pictures), (batch_size,), generator=generator)
-        pixel_values = shift(pictures[index].float() / 127.5 - 1, generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        pixel_values = shift(pictures[index].float() / 127.5 - 1, generator).to(vq.device)
+        with torch.autocast(vq.device.type, torch.bfloat16):
             encoded_pictures = vq.encode(pixel_values).latents.float()
         quantized, code_loss, (_, _, codes) = vq.quantize(encoded_pictures)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(vq.device.type, torch.bfloat16):
             drawn = vq.decode(quantized, force_not_quantize=True).sample.float()
         loss = (drawn - pixel_values).abs().mean() + 4 * F.mse_loss(drawn, pixel_values)
         loss = loss + 0.5 * gradient_loss(drawn, pixel_values) + code_loss
@@ -152,7 +152,7 @@ def train(
         optimizer.step()
         schedule.step()
         averaged.update_parameters(vq)
-        counts += codes.flatten().bincount(minlength=len(counts))
+        counts += codes.flatten().bincount(minlength=len(counts)).cpu()
         if (step + 1) % RESTART_EVERY == 0:
             print(
                 f"step {step + 1} of {num_steps}, {time.monotonic() - start:.0f} s: loss {loss.item():.4f}, "
@@ -160,9 +160,9 @@ def train(
                 flush=True,
             )
             if step < LAST_RESTART * num_steps:
-                unused = (counts == 0).nonzero()[:, 0]
+                unused = (counts == 0).nonzero()[:, 0].to(vq.device)
                 tokens = encoded_pictures.detach().permute(0, 2, 3, 1).flatten(0, 2)
-                chosen = torch.randint(0, len(tokens), (len(unused),), generator=generator)
+                chosen = torch.randint(0, len(tokens), (len(unused),), generator=generator).to(vq.device)
                 entries.data[unused] = averaged.module.quantize.embedding.weight.data[unused] = tokens[chosen]
             counts.zero_()
     return averaged.module.eval()
@@ -197,6 +197,8 @@ def main() -> None:
         )
     sample = tokens[torch.randperm(len(tokens), generator=generator)[:KMEANS_TOKENS]]
     vq.quantize.embedding.weight.data.copy_(kmeans(sample, args.num_codes, generator))
+    if torch.accelerator.is_available():
+        vq.to(torch.accelerator.current_accelerator())
     first = measure(vq, pictures)
     vq = train(vq, pictures, args.num_steps, args.batch_size, args.learning_rate, generator)
     report: dict[str, Any] = {"steps": args.num_steps, "kmeans": first, "train": measure(vq, pictures)}

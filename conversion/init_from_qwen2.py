@@ -288,7 +288,7 @@ def init_from_qwen2(
     counts = {
         name: sum(parameter.numel() for parameter in module.parameters())
         for name, module in model.named_children()
-        if name != "lm_head"  # the embedding's weights
+        if name != "lm_head" or not config.tie_word_embeddings
     }
     return {
         "parameters": counts,

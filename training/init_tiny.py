@@ -102,6 +102,12 @@ def main() -> None:
     start.add_argument("--vae", type=Path, help="diffusers folder of a trained autoencoder")
     start.add_argument("--model", type=Path, help="checkpoint whose weights to start from, VAE included")
     parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument(
+        "--take_latent_encoder",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="start with the latent encoder that was trained with the VAE, where there is one",
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -134,8 +140,14 @@ def main() -> None:
         take_weights(model, old, spelled_by(tokenizer, old_tokenizer))
     else:
         model.vae.load_state_dict(vae.state_dict())
-    if args.vae is not None and (args.vae / LATENT_ENCODER_NAME).is_file():
-        model.model.latent_encoder.load_state_dict(load_file(args.vae / LATENT_ENCODER_NAME))
+    if args.take_latent_encoder and args.vae is not None and (args.vae / LATENT_ENCODER_NAME).is_file():
+        try:
+            model.model.latent_encoder.load_state_dict(load_file(args.vae / LATENT_ENCODER_NAME))
+        except RuntimeError as error:
+            raise ValueError(
+                f"expected the latent encoder of --config in {str(args.vae / LATENT_ENCODER_NAME)!r}; it is of other "
+                f"sizes ({str(error).splitlines()[-1].strip()}). Pass --no-take_latent_encoder to start without it."
+            ) from error
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, max_new_tokens=32
     )
@@ -144,7 +156,7 @@ def main() -> None:
     counts = {
         name: sum(parameter.numel() for parameter in module.parameters())
         for name, module in model.named_children()
-        if name != "lm_head"  # the embedding's weights
+        if name != "lm_head"  # the embedding's weights, tied
     }
     print(json.dumps({"vocab_size": len(tokenizer), "parameters": counts}))
 

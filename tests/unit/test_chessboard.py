@@ -66,3 +66,23 @@ def test_page_and_plot(tmp_path):
     points = torch.randn(20, 2)
     chessboard.plot({("epsilon", "bfloat16"): (points, points[:, 0] > 1)}, tmp_path / "cloud.png")
     assert (tmp_path / "cloud.png").stat().st_size > 1000
+
+
+def test_outcomes_are_kept(monkeypatch, tmp_path):
+    runs = []
+
+    def run(*arguments):
+        runs.append(arguments)
+        outcome = chessboard.Outcome("epsilon", "float32", 0, 0.5, 10, 3, 9.0, 1.5)
+        return outcome, torch.randn(4, 2, generator=seeded(0)), torch.tensor([True, False, False, True])
+
+    monkeypatch.setattr(chessboard, "run", run)
+    first = chessboard.kept_run(tmp_path / "work", "epsilon", "float32", 0, 300, 1000, 20)
+    again = chessboard.kept_run(tmp_path / "work", "epsilon", "float32", 0, 300, 1000, 20)
+    assert (
+        len(runs) == 1
+        and again[0] == first[0]
+        and all(torch.equal(*pair) for pair in zip(first[1:], again[1:], strict=True))
+    )
+    chessboard.kept_run(tmp_path / "work", "epsilon", "float32", 0, 301, 1000, 20)
+    assert len(runs) == 2

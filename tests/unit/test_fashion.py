@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from mmar.ablations import fashion
-from mmar.ablations.fashion import frechet_distance, shade_of
+from mmar.ablations.fashion import frechet_distance, on_white, shade_of, to_grey
 from mmar.training.emoji_rows import read_rows
 
 
@@ -64,6 +64,8 @@ def run(monkeypatch, *words):
 
 
 def test_rows_judge_and_score(source, tmp_path, monkeypatch, capsys):
+    with pytest.raises(ValueError, match="--num_test must be at most 80"):
+        run(monkeypatch, "rows", source, "--out", tmp_path, "--num_test", 300)
     run(monkeypatch, "rows", source, "--out", tmp_path, "--num_rows", 60, "--num_test", 4)
     assert json.loads(capsys.readouterr().out) == {"train": 60, "test": 12, "test_small": 4}
     rows = read_rows(tmp_path / "test_small.parquet")
@@ -81,11 +83,8 @@ def test_rows_judge_and_score(source, tmp_path, monkeypatch, capsys):
         lines = []
         for index in range(8):
             name, shade = NAMES[index % 2], list(SHADES)[index // 4]
-            drawn = picture(NAMES[1 - index % 2] if swapped else name, shade)
-            # Drawn larger and in colour, as a model does.
-            Image.fromarray(drawn).convert("RGB").resize((56, 56), Image.Resampling.NEAREST).save(
-                folder / f"{index}.png"
-            )
+            drawn = Image.open(io.BytesIO(on_white(png(picture(NAMES[1 - index % 2] if swapped else name, shade)))))
+            drawn.convert("RGB").save(folder / f"{index}.png")
             lines.append({"file": f"{index}.png", "label": name, "style": shade})
         (folder / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         capsys.readouterr()
@@ -112,8 +111,19 @@ def test_what_is_missing_is_told(tmp_path, monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             run(monkeypatch, *words)
+    with pytest.raises(ValueError, match="expected at least 128 training rows for a judge; got 4"):
+        fashion.train_judge(torch.zeros(4, 1, 28, 28), torch.zeros(4, dtype=torch.long), 2, 1, 0)
     with pytest.raises(SystemExit):
         run(monkeypatch, "rows", tmp_path, "--out", tmp_path, "--num_rows", 0)
+
+
+def test_a_rows_picture_is_the_original_again_for_the_judge():
+    grey = np.random.default_rng(0).integers(0, 256, (28, 28), np.uint8)
+    row = Image.open(io.BytesIO(on_white(png(grey))))
+    assert row.size == (32, 32) and row.getpixel((0, 0)) == 255
+    assert (to_grey(row) == grey).all() and (to_grey(row.convert("RGB")) == grey).all()
+    with pytest.raises(ValueError, match="expected pictures of 32 x 32 pixels; got 28 x 28"):
+        to_grey(Image.fromarray(grey))
 
 
 def test_shades_are_the_data_sets():
