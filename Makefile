@@ -11,7 +11,9 @@ TRAIN_OPTIONS ?=
 # One thread per test worker: more only get in each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow test-quantization test-gpu check style data vae train-tiny evaluate-tiny clean
+KITS := $(VENV)/kits
+
+.PHONY: demo test test-slow test-quantization test-kits test-gpu check style data vae train-tiny evaluate-tiny clean
 
 demo: $(VENV)/.done
 	$(BIN)/python examples/demo.py
@@ -27,6 +29,15 @@ test-quantization: $(VENV)/.done
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/quantization \
 		torchao bitsandbytes -c constraints.txt
 	PYTHONPATH=$(VENV)/quantization $(PYTEST) tests/integration/test_size.py
+
+# Apart from the rest: the kits are some 600 MB, and their import changes what other programs do.
+test-kits: $(KITS)/.done
+	MMAR_KITS=$(KITS) $(PYTEST) tests/integration/test_vlmevalkit.py tests/integration/test_lmms_eval.py
+
+$(KITS)/.done: tests/kits.txt $(VENV)/.done
+	rm -rf $(KITS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(KITS) -r tests/kits.txt
+	touch $@
 
 test-gpu: $(VENV)/.done
 	$(PYTEST) -m gpu

@@ -40,7 +40,9 @@ def generation_options(options: dict[str, Any]) -> dict[str, Any]:
             f"{', '.join(unknown)}. Drop or rename them."
         )
     options = {name: value for name, value in options.items() if value is not None}
-    options.setdefault("do_sample", bool(options.get("temperature")))
+    options.setdefault("do_sample", "temperature" in options)
+    if options.get("temperature") == 0:
+        options["do_sample"] = False
     if not options["do_sample"]:
         options = {name: value for name, value in options.items() if name not in SAMPLING}
     return options

@@ -120,7 +120,9 @@ def test_options_are_as_kits_mean_them():
     given = {"temperature": 0, "top_p": 0.9, "num_beams": 1, "max_new_tokens": None}
     assert generation_options(given) == {"num_beams": 1, "do_sample": False}
     assert given["top_p"] == 0.9
+    assert generation_options({"temperature": 0.0, "do_sample": True}) == {"do_sample": False}
     assert generation_options({"temperature": 0.7, "top_p": 0.9})["do_sample"] is True
+    assert generation_options({"temperature": 0.7, "do_sample": False}) == {"do_sample": False}
     with pytest.raises(ValueError, match="expected arguments of transformers' `GenerationConfig`.*got max_tokens"):
         generation_options({"max_tokens": 5})
 
