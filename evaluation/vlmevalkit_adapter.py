@@ -177,8 +177,8 @@ def add_table(path: Path, folder: Path) -> str:
     known = dataset_class(path.stem)
     if known is not None and not (known is ImageYORNDataset and path.stem in OWN_TABLES):
         raise ValueError(
-            f"expected a table with a name of its own; {path.stem!r} is a benchmark of the kit. Rename the file, or put "
-            f"it into the kit's folder ($LMUData, or ~/LMUData) and say --data {path.stem}."
+            f"expected a table with a name of its own; {path.stem!r} is a benchmark of the kit. Rename the file, or "
+            f"put it into the kit's folder ($LMUData, or ~/LMUData) and say --data {path.stem}."
         )
     folder.mkdir(parents=True, exist_ok=True)
     copied = folder / path.name
