@@ -23,7 +23,7 @@ from .answers import MMARAnswerer, generation_options
 
 
 try:
-    from lmms_eval.api.instance import Instance
+    from lmms_eval.api.instance import GenerationResult, Instance
     from lmms_eval.api.model import lmms
     from lmms_eval.api.task import ConfigurableTask
 except ImportError as error:
@@ -41,6 +41,10 @@ def manifests() -> list[Any]:
         ModelManifest(model_id="mmar", simple_class_path=f"{__name__}.MMARForLMMSEval"),
         ModelManifest(model_id="mmar_chat", chat_class_path=f"{__name__}.MMARChatForLMMSEval"),
     ]
+
+
+class LogLikelihood(tuple, GenerationResult):
+    """A number and whether decoding is greedy. lmms-eval 0.7.3 makes a text of a tuple that is no `GenerationResult`."""
 
 
 def takes_smallest() -> bool:
@@ -243,7 +247,7 @@ class MMARForLMMSEval(lmms):
             continuations.append(str(continuation))
         scores = self.answerer.log_likelihoods(chats, continuations)
         scores = [
-            (-score if choice and self.losses_for_choices else score, is_greedy)
+            LogLikelihood((-score if choice and self.losses_for_choices else score, is_greedy))
             for (score, is_greedy), choice in zip(scores, is_choice, strict=True)
         ]
         for request, score in zip(requests, scores, strict=True):
