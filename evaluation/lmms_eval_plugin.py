@@ -44,7 +44,7 @@ def manifests() -> list[Any]:
 
 
 class LogLikelihood(tuple, GenerationResult):
-    """A number and whether decoding is greedy. lmms-eval 0.7.3 makes a text of a tuple that is no `GenerationResult`."""
+    """A number and whether decoding is greedy; lmms-eval 0.7.3 makes a text of a tuple that is not of its class."""
 
 
 def takes_smallest() -> bool:

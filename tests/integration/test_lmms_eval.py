@@ -30,7 +30,7 @@ def exact(document, results):
     return {"exact": float(results[0] == document["answer"])}
 
 def mean_log_likelihood(document, results):
-    return {"nats": results[0]}
+    return {"nats": results[0][0]}
 """
 TASK = """
 task: {name}
