@@ -12,7 +12,9 @@ TRAIN_OPTIONS ?=
 # One thread per test worker: more only get in each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow test-quantization test-triton test-gpu check style data vae train-tiny \
+KITS := $(VENV)/kits
+
+.PHONY: demo test test-slow test-quantization test-triton test-kits test-gpu check style data vae train-tiny \
 	train-tiny-from-scratch evaluate-tiny ablations clean
 
 demo: $(VENV)/.done
@@ -41,6 +43,15 @@ test-triton: $(VENV)/.done
 $(VENV)/evaluation/.done: constraints.txt | $(VENV)/.done
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/evaluation \
 		torch-fidelity -c constraints.txt
+	touch $@
+
+# Apart from the rest: the kits are some 600 MB, and their import changes what other programs do.
+test-kits: $(KITS)/.done
+	MMAR_KITS=$(KITS) $(PYTEST) tests/integration/test_vlmevalkit.py tests/integration/test_lmms_eval.py
+
+$(KITS)/.done: tests/kits.txt $(VENV)/.done
+	rm -rf $(KITS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(KITS) -r tests/kits.txt
 	touch $@
 
 test-gpu: $(VENV)/.done
