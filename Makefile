@@ -91,7 +91,7 @@ runs/latents/broken.json: | runs/init/config.json
 	$(call TINY_LATENTS,runs/init,12,runs/latents)
 
 train-tiny: | runs/latents/broken.json
-	$(call TINY_TRAIN,mmar_tiny_stage2,runs/init,runs/latents,runs/stage2)
+	$(call TINY_TRAIN,mmar_tiny_stage2,runs/init,runs/latents,runs/stage2) warmup_steps=300 'learning_rate_scales={}'
 	$(BIN)/python -m mmar.conversion.export runs/stage2/final checkpoints/mmar-tiny --guidance_scale 2.0
 
 # From scratch: VAE, untrained model, cached latents, three stages.
