@@ -271,7 +271,7 @@ def test_pictures_of_a_trial_are_the_pipelines(parts, tmp_path, in_process):
     )
     trial = Trial("mmar", 3, {"max_steps": 1})
     figures = own.run(trial)
-    assert figures["frechet"] == 12.0 and {"caption", "name", "style", "text_loss", "image_loss"} <= figures.keys()
+    assert figures["frechet"] == 20.0 and {"caption", "name", "style", "text_loss", "image_loss"} <= figures.keys()
     pipe = study.open_pipeline(own.final_of(trial))
     assert pipe.dtype == torch.bfloat16
     folder = tmp_path / "trials" / trial.name / "pictures"
