@@ -7,8 +7,8 @@ Trains a small `AutoencoderKL` from scratch on a parquet of pictures and stores 
 Made for toy sizes: a real MMAR takes a published KL-16. There the autoencoder has seen millions of pictures; here it
 sees a few thousand, and a ViT on top of its tokens learns too little from them. So where the rows have answers
 (rows.py), MMAR's latent encoder learns beside the autoencoder to tell from its tokens the words of what a picture
-shows and of its style (Joulin et al., "Learning visual features from large weakly supervised data", arXiv 1511.02251),
-from views for which they hold. `init_tiny` starts the model's latent encoder with those weights.
+shows and of its style (words.py), from views for which they hold. `init_tiny` starts the model's latent encoder with
+those weights.
 
 Everything runs in bfloat16 autocast with float32 weights; the result is a diffusers folder with an EMA of the weights
 and each channel's `latents_mean` and `latents_std`, and beside it the latent encoder's weights.
@@ -18,8 +18,8 @@ import argparse
 import io
 import json
 import math
-import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +35,14 @@ from torch.nn import functional as F
 from ..command import run_command
 from ..conversion.latent_moments import LatentMoments
 from ..modeling_mmar.configuration_mmar import MMARConfig
-from ..modeling_mmar.embedding_vit_mmar import MMARLatentEncoder
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from .views import distort, restyle
+from .words import WordReader, Words, known_words, share_told
 
 
 EMA_DECAY = 0.999
 # Parts of the training before the KL term comes in, and over which it grows.
 KL_START, KL_WARMUP = 0.35, 0.2
-# Answers that hang on these have words to learn.
-WORD_KINDS = ("content", "style")
 # The latent encoder's weights, in the VAE's folder.
 LATENT_ENCODER_NAME = "latent_encoder.safetensors"
 
@@ -70,70 +68,6 @@ def read_pictures(path: str | Path, size: int) -> tuple[list[dict[str, Any]], Te
         pictures.append(np.asarray(picture.resize((size, size), Image.Resampling.LANCZOS)))
     rows = table.drop_columns(["image"]).to_pylist()
     return rows, torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
-
-
-def words_of(row: dict[str, Any], kind: str) -> tuple[str, ...]:
-    """The words of a row's answers that hang on `kind`, in the alphabet's order."""
-    pairs = zip(row.get("answers") or (), row.get("depends_on") or (), strict=False)
-    return tuple(sorted({w for answer, own in pairs if own == kind for w in re.findall(r"\w+", answer.lower())}))
-
-
-class Words:
-    """
-    The words of the training rows' answers of one kind, as distributions that a softmax learns.
-
-    Args:
-        rows (`list[dict]`): With `answers` and `depends_on`.
-        kind (`str`): Of `WORD_KINDS`.
-    """
-
-    def __init__(self, rows: list[dict[str, Any]], kind: str):
-        own = [words_of(row, kind) for row in rows]
-        self.answers = sorted(set(own) - {()})
-        self.vocabulary = {word: i for i, word in enumerate(sorted({w for answer in self.answers for w in answer}))}
-        # (A + 1, V): equal shares of an answer's words; the last row is for rows without an answer.
-        self._table = torch.zeros(len(self.answers) + 1, len(self.vocabulary))
-        for line, answer in zip(self._table, self.answers, strict=False):
-            line[[self.vocabulary[word] for word in answer]] = 1 / len(answer)
-        numbers = {answer: i for i, answer in enumerate(self.answers)}
-        self._row_answers = torch.tensor([numbers.get(answer, len(self.answers)) for answer in own])
-
-    def loss(self, logits: Tensor, indices: Tensor) -> Tensor:
-        """Cross entropy in nats of logits `(B, V)` for training rows `(B,)`, mean over those that have an answer."""
-        targets = self._table[self._row_answers[indices]].to(logits.device)
-        num_rows = int((targets.sum(-1) > 0).sum())
-        return F.cross_entropy(logits.float(), targets, reduction="sum") / max(1, num_rows)
-
-    def best(self, logits: Tensor) -> list[tuple[str, ...]]:
-        """The answers whose words are nearest to each of the logits `(B, V)`, by Kullback-Leibler divergence."""
-        table = self._table[:-1]
-        entropies = torch.special.entr(table).sum(-1)
-        scores = F.log_softmax(logits.float().cpu(), -1) @ table.T + entropies
-        return [self.answers[i] for i in scores.argmax(-1).tolist()]
-
-
-class WordReader(nn.Module):
-    """
-    Tells words from latents: MMAR's latent encoder, the mean over its tokens, a linear per kind.
-
-    Args:
-        encoder (`MMARLatentEncoder`): Reads latents of mean 0 and std 1 per channel.
-        num_channels (`int`): Of the latents.
-        width (`int`): The LLM's.
-        sizes (`dict[str, int]`): Words per kind.
-    """
-
-    def __init__(self, encoder: MMARLatentEncoder, num_channels: int, width: int, sizes: dict[str, int]):
-        super().__init__()
-        self.norm = nn.BatchNorm2d(num_channels, affine=False)
-        self.encoder = encoder
-        self.heads = nn.ModuleDict({kind: nn.Linear(width, size) for kind, size in sizes.items()})
-
-    def forward(self, latents: Tensor) -> dict[str, Tensor]:
-        """Latents `(B, C, h, w)` -> logits `(B, V)` per kind."""
-        tokens = self.norm(latents).flatten(2).transpose(1, 2)  # (B, N, C)
-        pooled = self.encoder(tokens).mean(1)
-        return {kind: head(pooled) for kind, head in self.heads.items()}
 
 
 def shift(pixel_values: Tensor, generator: torch.Generator) -> Tensor:
@@ -206,22 +140,10 @@ def chroma_error(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def share_told(
-    vae: AutoencoderKL, reader: WordReader, pictures: Tensor, rows: list[dict[str, Any]], words: dict[str, Words]
-) -> dict[str, float]:
-    """
-    Share of rows per kind whose answer is told from the posterior's mode, among the answers of the training rows; rows
-    with other answers do not count.
-    """
-    hits = {kind: [] for kind in words}
-    for start in range(0, len(pictures), 64):
-        pixel_values = pictures[start : start + 64].float() / 127.5 - 1
-        logits = reader(vae.encode(pixel_values.to(vae.device)).latent_dist.mode())
-        for kind, own in words.items():
-            expected = [words_of(row, kind) for row in rows[start : start + 64]]
-            told = zip(own.best(logits[kind]), expected, strict=True)
-            hits[kind] += [best == answer for best, answer in told if answer in own.answers]
-    return {kind: sum(own) / len(own) for kind, own in hits.items() if own}
+def encode_all(vae: AutoencoderKL, pictures: Tensor) -> Iterator[Tensor]:
+    """Modes `(64, C, h, w)` of the posteriors of pictures, bytes `(N, 3, H, W)`; the last batch may be smaller."""
+    for chunk in pictures.split(64):
+        yield vae.encode((chunk.float() / 127.5 - 1).to(vae.device)).latent_dist.mode()
 
 
 @torch.no_grad()
@@ -282,15 +204,14 @@ def main() -> None:
     config = MMARConfig.from_pretrained(args.config)
     rows, pictures = read_pictures(args.data, config.image_size)
     held_out = read_pictures(args.eval_data, config.image_size) if args.eval_data else None
-    words = {kind: Words(rows, kind) for kind in WORD_KINDS}
-    words = {kind: own for kind, own in words.items() if own.answers and args.word_weight > 0}
+    words = known_words(rows) if args.word_weight > 0 else {}
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     vae = AutoencoderKL.from_pretrained(args.start) if args.start else AutoencoderKL(**config.vae_config)
     encoder = MMARForConditionalGeneration(config).model.latent_encoder
     if args.start and (args.start / LATENT_ENCODER_NAME).is_file():
         encoder.load_state_dict(load_file(args.start / LATENT_ENCODER_NAME))
-    sizes = {kind: len(own.vocabulary) for kind, own in words.items()}
-    reader = WordReader(encoder, config.latent_channels, config.text_config.hidden_size, sizes).to(device)
+    norm = nn.BatchNorm2d(config.latent_channels, affine=False)
+    reader = WordReader(encoder, config.text_config.hidden_size, words, norm).to(device)
     vae.to(device, memory_format=torch.channels_last).train()
     print(f"{sum(p.numel() for p in vae.parameters()):,} parameters, {len(pictures)} pictures", flush=True)
     trained = nn.ModuleList([vae, reader])
@@ -353,7 +274,7 @@ def main() -> None:
     if held_out is not None:
         held_out_rows, held_out_pictures = held_out
         report["held_out"] = measure(vae, held_out_pictures)
-        report["held_out"]["told"] = share_told(vae, reader, held_out_pictures, held_out_rows, words)
+        report["held_out"]["told"] = share_told(reader, encode_all(vae, held_out_pictures), held_out_rows, words)
     if not math.isfinite(report["train"]["psnr"]):
         raise ValueError("expected a VAE that trained; its error is NaN or infinite. Lower --learning_rate.")
     # The channels differ in spread; one scale for all would leave some of them with hardly any of the loss.

@@ -59,6 +59,19 @@ def test_every_command_is_run_so(path: Path):
             "error: expected captions in COCO's layout",
         ),
         ("evaluation.geneval", ["scores", "no.jsonl"], "error: expected the results of GenEval's scorer"),
+        (
+            "training.train_latent_encoder",
+            [
+                "checkpoints/mmar-tiny",
+                "--data",
+                "checkpoints/emoji-lite/train.parquet",
+                "--latents",
+                "no",
+                "--out",
+                "no",
+            ],
+            "error: expected a folder of latents; there is no",
+        ),
         ("training.train", ["no.yaml"], "error: expected a recipe (a YAML file) as first argument; got ['no.yaml']."),
     ],
 )

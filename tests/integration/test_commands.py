@@ -18,7 +18,7 @@ from squares import COLOURS, make_processor, make_rows, make_squares_model
 from mmar import MMARForConditionalGeneration, MMARPipeline, MMARProcessor
 from mmar.conversion import export
 from mmar.evaluation import emoji_styles
-from mmar.training import init_tiny, latents, train, train_vae
+from mmar.training import init_tiny, latents, train, train_latent_encoder, train_vae
 from mmar.training.emoji_rows import DEPENDS_ON, QUESTIONS
 from mmar.training.train_vae import LATENT_ENCODER_NAME
 
@@ -94,6 +94,27 @@ def test_from_pictures_to_an_evaluated_checkpoint(tmp_path, data, monkeypatch, c
 
     cache = tmp_path / "latents"
     run(latents, monkeypatch, data, "--model", init, "--out", cache, "--num_copies", 1)
+    reader = tmp_path / "reader"
+    read = [init, "--data", data, "--latents", cache, "--eval_data", data, "--batch_size", 4, "--num_steps", 3]
+    run(train_latent_encoder, monkeypatch, *read, "--out", reader)
+    report = json.loads((reader / "report.json").read_text())
+    assert report["steps"] == 3 and report["told"].keys() == {"content", "style"} and report["told"]["style"] == 1.0
+    taught = load_file(reader / "model.safetensors")
+    changed = {name for name in weights if not torch.equal(weights[name], taught[name])}
+    assert "model.latent_encoder.embedding_vit.layers.0.qkv.weight" in changed
+    assert all(name.startswith("model.latent_encoder.") for name in changed)
+    # The same command, the same weights.
+    run(train_latent_encoder, monkeypatch, *read, "--out", tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(again[name], weight) for name, weight in taught.items())
+    without_kinds = tmp_path / "without_kinds.parquet"
+    pq.write_table(pq.read_table(data).drop_columns(["depends_on"]), without_kinds)
+    run(latents, monkeypatch, without_kinds, "--model", init, "--out", tmp_path / "without_kinds")
+    read[2], read[4] = without_kinds, tmp_path / "without_kinds"
+    with pytest.raises(ValueError, match="expected answers whose `depends_on` is content or style"):
+        run(train_latent_encoder, monkeypatch, *read, "--out", reader)
+
+    init = reader
     recipe = [ROOT / "training/recipes/mmar_tiny_stage1.yaml", f"data={data}", f"output_dir={tmp_path / 'run'}"]
     recipe += [f"latents={cache}", f"eval_data={data}", "eval_strategy=steps", "eval_steps=2", "num_eval_pictures=1"]
     recipe += ["per_device_train_batch_size=4", "save_steps=2", "use_cpu=true", "logging_steps=1"]
