@@ -17,7 +17,8 @@ from pathlib import Path
 from PIL import Image
 
 from ..command import run_command
-from .drawing import Processes, add_arguments, command_of, draw_with, spread, write_whole
+from ..files import write_whole
+from .drawing import Processes, add_arguments, command_of, draw_with, spread
 
 
 # A grid's rows and columns; the scorer knows no other.

@@ -17,7 +17,6 @@ import json
 import math
 import os
 import shlex
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .. import __version__
+from ..files import UNFINISHED, write_whole
 from ..modeling_mmar.generation_mmar import PRESETS
 from ..pipelines.pipeline_mmar import MMARPipeline
 from ..training.mixture import stable_hash
@@ -46,8 +46,6 @@ IDENTITY = {
 }
 # Entries of a config that differ between versions and folders of one model.
 PASSING = {"transformers_version", "auto_map", "custom_pipelines", "architectures"}
-# Ending of files that are being written.
-UNFINISHED = ".unfinished"
 # A process that is done waits for the slowest.
 PATIENCE = datetime.timedelta(days=7)
 
@@ -107,24 +105,6 @@ class Processes:
 
 
 # -------------------------------------------------------------------------------------------------------------- files
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file in whole or not at all, whatever happens to this process or the power."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The dot hides it from those who look for pictures.
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}{UNFINISHED}")
-    try:
-        with open(unfinished, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except OSError as error:
-        # A write, unlike an open, does not say to which file.
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

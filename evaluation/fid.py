@@ -43,8 +43,9 @@ from tqdm.auto import tqdm
 
 from .. import __version__
 from ..command import run_command
+from ..files import write_whole
 from ..training.mixture import stable_hash
-from .drawing import OPTIONS, Processes, add_arguments, command_of, draw_with, write_json, write_lines, write_whole
+from .drawing import OPTIONS, Processes, add_arguments, command_of, draw_with, write_json, write_lines
 
 
 # What the field reports; the distance of fewer pictures is larger.

@@ -27,7 +27,6 @@ import os
 import re
 import shlex
 import sys
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +43,7 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..command import run_command
 from ..conversion.models import open_model
+from ..files import UNFINISHED, write_whole
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from ..processors.image_processing_mmar import MMARImageProcessor, MMARImageProcessorKwargs
 from ..processors.processing_mmar import MMARProcessor
@@ -72,8 +72,6 @@ METADATA_KEY = "mmar"
 FINGERPRINT_ROWS = 1024
 # Shards that a reader keeps mapped; Linux allows a process 65,530 mappings.
 MAX_OPEN_SHARDS = 1024
-# Ending of files that are being written.
-UNFINISHED = ".unfinished"
 # Of a reason in the files, and of the reasons that are printed.
 MAX_REASON_LENGTH, MAX_REASONS_SHOWN = 300, 5
 
@@ -222,22 +220,6 @@ def _how_to_finish(index: dict[str, Any]) -> str:
     return f"To go on: {index['command']}"
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Writes a file in whole or not at all, whatever happens to this process or the power."""
-    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}{UNFINISHED}")
-    try:
-        with open(unfinished, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except OSError as error:
-        # A write, unlike an open, does not say to which file.
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
@@ -375,9 +357,9 @@ def cache_latents(
             shard = rows[0] // shard_size
             if rows[-1] == _shard_rows(index, shard)[-1]:
                 path = _shard_path(folder, index, shard)
-                for leftover in folder.glob(f"{path.name}.*{UNFINISHED}"):
+                for leftover in folder.glob(f".{path.name}.*{UNFINISHED}"):
                     leftover.unlink()
-                _write(path, _shard_bytes(torch.cat(encoded), _shard_rows(index, shard), broken, index))
+                write_whole(path, _shard_bytes(torch.cat(encoded), _shard_rows(index, shard), broken, index))
                 num_broken += len(broken)
                 encoded, broken = [], {}
     return _finish(folder, index)
@@ -425,7 +407,7 @@ def _begin(
             index["kinds"]["content"] = num_copies
     if begun is None:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / INDEX_NAME, json.dumps(index, indent=2).encode() + b"\n")
+        write_whole(folder / INDEX_NAME, json.dumps(index, indent=2).encode() + b"\n")
         begun = _read_index(folder)  # another process may have been there too
     if changed := [name for name in IDENTITY if begun[name] != index[name]]:
         differences = "; ".join(f"its {IDENTITY[name]} is {begun[name]}, now it is {index[name]}" for name in changed)
@@ -497,7 +479,7 @@ def _finish(folder: Path, index: dict[str, Any]) -> list[dict[str, Any]] | None:
     if not all(_shard_path(folder, index, shard).exists() for shard in shards):
         return None
     broken = [row for shard in shards for row in _open_shard(folder, index, shard)[1]]
-    _write(folder / BROKEN_NAME, json.dumps(broken, indent=2).encode() + b"\n")
+    write_whole(folder / BROKEN_NAME, json.dumps(broken, indent=2).encode() + b"\n")
     if len(broken) == index["num_rows"]:
         raise ValueError(
             f"expected pictures in {index['source']!r}; all {len(broken)} rows are broken, the first of them: "

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import tarfile
-import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -23,6 +22,7 @@ import pyarrow.parquet as pq
 from huggingface_hub import constants
 from tqdm.auto import tqdm
 
+from ..files import write_whole
 from .rows import (
     PICTURE_EXTENSIONS,
     UNREADABLE,
@@ -342,22 +342,11 @@ def _tar_spans(path: str) -> tuple[np.ndarray, np.ndarray]:
     except (OSError, ValueError, EOFError):
         bounds = np.fromiter(_tar_bounds(path), np.int64)
         with suppress(OSError):  # a cache that cannot be written is done without
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            _write_whole(kept, bounds)
+            content = io.BytesIO()
+            np.save(content, bounds)
+            write_whole(kept, content.getvalue())
     # Views: a sample ends where the next one begins.
     return bounds[:-1], bounds[1:]
-
-
-def _write_whole(path: Path, array: np.ndarray) -> None:
-    """Writes an array such that others see all of it or nothing."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-        try:
-            np.save(file, array)
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
 
 
 def _split_member(name: str) -> tuple[str | None, str]:

@@ -18,7 +18,8 @@ from drawing_prompts import ARGUMENTS, BATCH_SIZE, NUM_PICTURES, PROMPTS, draw
 from PIL import Image
 
 from mmar.evaluation import dpg, geneval
-from mmar.evaluation.drawing import MANIFEST_NAME, Processes, draw_pictures, model_sha256, spread, write_whole
+from mmar.evaluation.drawing import MANIFEST_NAME, Processes, draw_pictures, model_sha256, spread
+from mmar.files import write_whole
 from mmar.training.mixture import stable_hash
 
 

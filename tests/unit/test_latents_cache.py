@@ -250,23 +250,29 @@ def test_a_resumed_run_writes_the_same_bytes(tmp_path, model, processor, monkeyp
     def write(path, content):
         if path.name == second:
             # As a SIGKILL leaves it: half written, under its other name.
-            path.with_name(f"{path.name}.abc.unfinished").write_bytes(content[:500])
+            path.with_name(f".{path.name}.abc.unfinished").write_bytes(content[:500])
             raise Killed
         original(path, content)
 
-    original = latents._write
+    original = latents.write_whole
     with monkeypatch.context() as patch:
-        patch.setattr(latents, "_write", write)
+        patch.setattr(latents, "write_whole", write)
         with pytest.raises(Killed):
             encode(rows, model, processor, folder)
-    assert sorted(contents(folder)) == ["index.json", "latents-00000-of-00003.safetensors", f"{second}.abc.unfinished"]
+    assert sorted(contents(folder)) == [
+        f".{second}.abc.unfinished",
+        "index.json",
+        "latents-00000-of-00003.safetensors",
+    ]
     message = "expected 3 shards of latents in .*; 2 are missing, the first of them latents-00001-of-00003.safetensors"
     with pytest.raises(ValueError, match=message + ". Call `cache_latents` with the same"):
         LatentCache(folder)
     # What is done stays as it is: the second run writes two shards and the list of broken rows.
     written = []
     with monkeypatch.context() as patch:
-        patch.setattr(latents, "_write", lambda path, content: written.append(path.name) or original(path, content))
+        patch.setattr(
+            latents, "write_whole", lambda path, content: written.append(path.name) or original(path, content)
+        )
         encode(rows, model, processor, folder)
     assert written == [second, "latents-00002-of-00003.safetensors", "broken.json"]
     assert contents(folder) == expected

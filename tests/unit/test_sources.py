@@ -444,7 +444,7 @@ def test_the_index_is_kept(tmp_path, caches, monkeypatch):
     assert walked == [str(path)] * 2
     assert len(open_source(path)) == 4
     assert walked == [str(path)] * 2
-    assert not list(caches.glob("mmar/*/*.tmp"))
+    assert not list(caches.rglob("*.unfinished"))
 
 
 def test_the_index_needs_no_cache(tmp_path, monkeypatch):
