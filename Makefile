@@ -69,16 +69,16 @@ data: $(VENV)/.done
 	$(BIN)/python -m mmar.training.emoji_rows $(EMOJI_STYLES) --out checkpoints/emoji-lite --lite
 
 # mmar-tiny on all of emoji-styles: it goes on from TINY_START, a checkpoint, with a vocabulary for these rows and with
-# its VAE. Each step goes on where it stopped; docs/runs.md has the times.
+# its VAE; then its latent encoder learns words by itself, and all of it together once more, the animals and food more
+# often. Each step goes on where it stopped; docs/runs.md has the times.
 TINY_DATA := runs/emoji-styles
 TINY_START ?= checkpoints/mmar-tiny
-# recipe, model, latents, output
-TINY_TRAIN = $(BIN)/python -m mmar.training.train training/recipes/$(1).yaml model=$(2) data=$(TINY_DATA)/train.parquet \
-	latents=$(3) output_dir=$(4) $(TRAIN_OPTIONS)
+# recipe, model, data, latents if they are not the data's own, output
+TINY_TRAIN = $(BIN)/python -m mmar.training.train training/recipes/$(1).yaml model=$(2) data=$(3) \
+	$(if $(4),latents=$(4)) output_dir=$(5) $(TRAIN_OPTIONS)
 TINY_INIT = $(BIN)/python -m mmar.training.init_tiny --config configs/mmar-tiny --data $(TINY_DATA)/train.parquet
-# model, copies, output
-TINY_LATENTS = $(BIN)/python -m mmar.training.latents $(TINY_DATA)/train.parquet --model $(1) --num_copies $(2) \
-	--out $(3) --batch_size 256
+# rows, model, copies, output
+TINY_LATENTS = $(BIN)/python -m mmar.training.latents $(1) --model $(2) --num_copies $(3) --out $(4) --batch_size 256
 
 $(TINY_DATA)/train.parquet: | $(VENV)/.done
 	$(BIN)/python -m mmar.training.emoji_rows $(EMOJI_STYLES) --out $(TINY_DATA)
@@ -87,11 +87,23 @@ runs/init/config.json: | $(TINY_DATA)/train.parquet
 	$(TINY_INIT) --model $(TINY_START) --out runs/init
 
 runs/latents/broken.json: | runs/init/config.json
-	$(call TINY_LATENTS,runs/init,12,runs/latents)
+	$(call TINY_LATENTS,$(TINY_DATA)/train.parquet,runs/init,12,runs/latents)
 
-train-tiny: | runs/latents/broken.json
-	$(call TINY_TRAIN,mmar_tiny_stage2,runs/init,runs/latents,runs/stage2) warmup_steps=300 'learning_rate_scales={}'
-	$(BIN)/python -m mmar.conversion.export runs/stage2/final checkpoints/mmar-tiny --guidance_scale 2.0
+runs/latents-lite/broken.json: | runs/init/config.json
+	$(call TINY_LATENTS,checkpoints/emoji-lite/train.parquet,runs/init,12,runs/latents-lite) --seed 1
+
+runs/stage2/final/config.json: | runs/latents/broken.json
+	$(call TINY_TRAIN,mmar_tiny_stage2,runs/init,$(TINY_DATA)/train.parquet,runs/latents,runs/stage2) \
+		warmup_steps=300 'learning_rate_scales={}'
+
+runs/reader/report.json: | runs/stage2/final/config.json
+	$(BIN)/python -m mmar.training.train_latent_encoder runs/stage2/final --data $(TINY_DATA)/train.parquet \
+		--latents runs/latents --eval_data $(TINY_DATA)/test.parquet --out runs/reader
+
+train-tiny: | runs/reader/report.json runs/latents-lite/broken.json
+	$(call TINY_TRAIN,mmar_tiny_stage2,runs/reader,configs/mmar-tiny/data.yaml,,runs/words) \
+		seed=2 'task_weights=[0.45,0.5,0.05]' max_steps=24000
+	$(BIN)/python -m mmar.conversion.export runs/words/final checkpoints/mmar-tiny --guidance_scale 2.0
 
 # From scratch: VAE, untrained model, cached latents, three stages.
 SCRATCH := runs/scratch
@@ -112,12 +124,15 @@ $(SCRATCH)/init/config.json: | $(SCRATCH)/vae/report.json
 	$(TINY_INIT) --vae $(SCRATCH)/vae --out $(SCRATCH)/init
 
 $(SCRATCH)/latents/broken.json: | $(SCRATCH)/init/config.json
-	$(call TINY_LATENTS,$(SCRATCH)/init,8,$(SCRATCH)/latents)
+	$(call TINY_LATENTS,$(TINY_DATA)/train.parquet,$(SCRATCH)/init,8,$(SCRATCH)/latents)
+
+# recipe, model, output
+SCRATCH_TRAIN = $(call TINY_TRAIN,$(1),$(2),$(TINY_DATA)/train.parquet,$(SCRATCH)/latents,$(3))
 
 train-tiny-from-scratch: | $(SCRATCH)/latents/broken.json
-	$(call TINY_TRAIN,mmar_tiny_stage1,$(SCRATCH)/init,$(SCRATCH)/latents,$(SCRATCH)/stage1)
-	$(call TINY_TRAIN,mmar_tiny_stage2,$(SCRATCH)/stage1/final,$(SCRATCH)/latents,$(SCRATCH)/stage2)
-	$(call TINY_TRAIN,mmar_tiny_stage3,$(SCRATCH)/stage2/final,$(SCRATCH)/latents,$(SCRATCH)/stage3)
+	$(call SCRATCH_TRAIN,mmar_tiny_stage1,$(SCRATCH)/init,$(SCRATCH)/stage1)
+	$(call SCRATCH_TRAIN,mmar_tiny_stage2,$(SCRATCH)/stage1/final,$(SCRATCH)/stage2)
+	$(call SCRATCH_TRAIN,mmar_tiny_stage3,$(SCRATCH)/stage2/final,$(SCRATCH)/stage3)
 	$(BIN)/python -m mmar.conversion.export $(SCRATCH)/stage3/final checkpoints/mmar-tiny --guidance_scale 2.0
 
 evaluate-tiny: $(VENV)/.done

@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--latents", required=True, type=Path, help="their cached latents, with views")
     parser.add_argument("--eval_data", help="held-out rows, measured at the end and never trained on")
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--num_steps", type=int, default=6000)
+    parser.add_argument("--num_steps", type=int, default=5000)
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--learning_rate", type=float, default=1.0e-3, help="of AdamW")
     parser.add_argument("--muon_learning_rate", type=float, default=6.0e-3, help="of Muon, on AdamW's scale")
