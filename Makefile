@@ -102,7 +102,7 @@ runs/reader/report.json: | runs/stage2/final/config.json
 
 train-tiny: | runs/reader/report.json runs/latents-lite/broken.json
 	$(call TINY_TRAIN,mmar_tiny_stage2,runs/reader,configs/mmar-tiny/data.yaml,,runs/words) \
-		seed=2 'task_weights=[0.45,0.5,0.05]' max_steps=24000
+		seed=2 'task_weights=[0.45,0.5,0.05]' max_steps=16000
 	$(BIN)/python -m mmar.conversion.export runs/words/final checkpoints/mmar-tiny --guidance_scale 2.0
 
 # From scratch: VAE, untrained model, cached latents, three stages.
