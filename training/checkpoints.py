@@ -125,6 +125,14 @@ def num_steps(checkpoint: str | Path) -> int:
     return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
 
 
+def best_checkpoint(checkpoint: str | Path) -> str:
+    """The checkpoint beside this one that was the best so far; this one if none was measured, or it is gone."""
+    best = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).best_model_checkpoint
+    # The folder of all of them may have moved.
+    folder = None if best is None else Path(checkpoint).with_name(Path(best).name)
+    return str(folder if folder is not None and folder.is_dir() else checkpoint)
+
+
 def last_whole_checkpoint(output_dir: str | Path) -> str | None:
     r"""
     The newest checkpoint that is whole; warns of newer ones that are not.

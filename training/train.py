@@ -22,7 +22,7 @@ from ..command import run_command
 from ..conversion.models import open_model
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from ..processors.processing_mmar import MMARProcessor
-from .checkpoints import last_whole_checkpoint, num_steps
+from .checkpoints import best_checkpoint, last_whole_checkpoint, num_steps
 from .collator import MMARDataCollator
 from .latents import LatentCache
 from .mixture import Mixture
@@ -170,7 +170,8 @@ def main() -> None:
         check_same_vae(last, model)
     if last is not None and 0 < args.max_steps <= num_steps(last):
         # transformers would take one more step.
-        print(f"{last} has all of `max_steps`, {args.max_steps}; writing its final weights.")
+        last = best_checkpoint(last) if args.load_best_model_at_end else last
+        print(f"{args.output_dir} has all of `max_steps`, {args.max_steps}; writing the final weights of {last}.")
         trainer.load_checkpoint(last)
     else:
         trainer.train(resume_from_checkpoint=last)

@@ -600,12 +600,13 @@ class MMARTrainer(Trainer):
         finally:
             self._is_saving = False
         self.accelerator.wait_for_everyone()
+        # Every rank loads the best checkpoint at the end, from where it stays.
+        if (best := self.state.best_global_step) and self.args.save_strategy != SaveStrategy.NO:
+            best_folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{best}"
+            if best_folder.is_dir() or best == self.state.global_step:
+                self.state.best_model_checkpoint = str(best_folder)
         if self.args.should_save:
-            if (best := self.state.best_global_step) and self.args.save_strategy != SaveStrategy.NO:
-                best_folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{best}"
-                if best_folder.is_dir() or best == self.state.global_step:
-                    self.state.best_model_checkpoint = str(best_folder)
-                    self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
             finish(written, run_dir / name)
             rotate(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
@@ -621,6 +622,16 @@ class MMARTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.ema is not None:
             self.ema.load(resume_from_checkpoint, self.plain_model)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if is_sharded(self.model) and not self.is_fsdp_enabled:
+            load_sharded(self.model, best)
+        else:
+            super()._load_best_model()
+        # The metric was that of the averaged weights.
+        if self.ema is not None:
+            self.ema.load(best, self.plain_model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:

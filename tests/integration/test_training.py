@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 from mmar.modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from mmar.pipelines.pipeline_mmar import MMARPipeline
+from mmar.training.checkpoints import best_checkpoint
 from mmar.training.collator import MMARDataCollator
 from mmar.training.ema import EMA
 from mmar.training.latents import LatentCache, cache_latents
@@ -200,6 +201,28 @@ def test_evaluation_draws_and_describes(tmp_path, processor):
         drawn = pipe([line["caption"] for line in lines], generator=generators).images
     for i, picture in enumerate(drawn):
         assert picture.tobytes() == Image.open(folder / f"{i:03d}_drawn.png").tobytes()
+
+
+def test_the_best_checkpoint_is_loaded_with_its_average(tmp_path, processor):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "image_loss", "learning_rate": 0.3}
+    trainer = make_trainer(tmp_path, processor, eval_dataset=make_samples(processor, 6), **options)
+    trainer.train()
+    measured = {e["step"]: e["eval_image_loss"] for e in trainer.state.log_history if "eval_image_loss" in e}
+    best = min(measured, key=measured.get)
+    assert best < 6 and trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
+    assert best_checkpoint(tmp_path / "checkpoint-6") == trainer.state.best_model_checkpoint
+    assert best_checkpoint(tmp_path / "checkpoint-1") == str(tmp_path / "checkpoint-1")
+    assert trainer.evaluate()["eval_image_loss"] == measured[best]
+
+
+def test_ranks_that_do_not_save_know_the_best_checkpoint(tmp_path, processor, monkeypatch):
+    trainer = make_trainer(tmp_path, processor, save_strategy="steps")
+    trainer.create_optimizer_and_scheduler(6)
+    monkeypatch.setattr(MMARTrainingArguments, "should_save", property(lambda self: False))
+    trainer.state.best_global_step = trainer.state.global_step = 2
+    trainer._save_checkpoint(trainer.model, None)
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
 
 
 # How a step is cut
