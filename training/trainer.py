@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput, SaveStrategy
 
 from ..modeling_mmar.configuration_mmar import IGNORE_INDEX
 from ..modeling_mmar.modeling_mmar import MMARPreTrainedModel
@@ -514,6 +514,10 @@ class MMARTrainer(Trainer):
         if not self.args.should_save or is_sharded(self.model) or self.is_fsdp_enabled:
             return
         shown = eval_rows(dataset, self.args.num_eval_pictures)
+    def predict(self, *args, **kwargs) -> PredictionOutput:
+        with self.ema_weights():
+            return super().predict(*args, **kwargs)
+
         if not shown:
             return
         model, was_training = self.plain_model, self.model.training

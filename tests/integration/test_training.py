@@ -183,6 +183,8 @@ def test_evaluation_reports_its_own_losses(tmp_path, processor):
         assert metrics[f"eval_{name}"] == pytest.approx(value, rel=1e-5), name
     assert metrics["eval_loss"] == pytest.approx(sum(expected.values()), rel=1e-5)
     assert trainer.evaluate()["eval_loss"] == metrics["eval_loss"]
+    # Of the same weights.
+    assert trainer.predict(held_out).metrics["test_image_loss"] == metrics["eval_image_loss"]
 
 
 def test_evaluation_draws_and_describes(tmp_path, processor):
