@@ -26,7 +26,7 @@ from ..modeling_mmar.configuration_mmar import IGNORE_INDEX
 from ..modeling_mmar.modeling_mmar import MMARPreTrainedModel
 from ..pipelines.pipeline_mmar import MMARPipeline
 from ..processors.processing_mmar import TASKS, MMARProcessor
-from .checkpoints import finish, last_whole_checkpoint, num_steps, rotate, saving_folder
+from .checkpoints import fault, finish, last_whole_checkpoint, num_steps, rotate, saving_folder
 from .collator import MMARDataCollator, generators, sample_latents
 from .ema import EMA
 from .rows import BadRow, open_pictures
@@ -344,7 +344,8 @@ class MMARTrainer(Trainer):
             **kwargs: Those of `Trainer.train`.
 
         Raises:
-            ValueError: If there is no such checkpoint, or a loss is NaN or infinite.
+            ValueError: If there is no such checkpoint, it is not whole or cannot be resumed, or a loss is NaN or
+                infinite.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
@@ -365,6 +366,11 @@ class MMARTrainer(Trainer):
         other = checkpoint / POSITIONS_FILE.format(rank=self.args.world_size)
         if not path.is_file() or other.is_file():
             raise ValueError(
+        if resume_from_checkpoint and (wrong := fault(resume_from_checkpoint)) is not None:
+            raise ValueError(
+                f"expected a whole checkpoint to resume from at {str(resume_from_checkpoint)!r}; {wrong}. Check the "
+                "path, or resume from another one."
+            )
                 f"expected the places in the streams of {self.args.world_size} ranks in {str(checkpoint)!r}; they are "
                 "not there. Resume with as many ranks as before, or start anew with `resume=false`."
             )
@@ -654,6 +660,11 @@ def autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
 
 def learning_rate_factor(phases: list[float], step: int, num_training_steps: int) -> float:
     r"""
+        if not path.is_file():
+            raise ValueError(
+                f"expected {OPTIMIZER_NAME} in {str(checkpoint)!r} to resume from it; it is not there. A checkpoint "
+                "of `save_only_model=true` can be the `model` of a new training, but not be resumed."
+            )
     Args:
         phases (`list[float]`): Factors of the learning rate, each for an equal part of the steps.
         step (`int`): Of the optimizer, from 0.

@@ -168,6 +168,16 @@ def test_nothing_to_resume_from(tmp_path):
         trainer.train(resume_from_checkpoint=True)
 
 
+def test_what_cannot_be_resumed_is_told(tmp_path):
+    trainer = make_trainer(tmp_path, make_processor(), max_steps=1, save_strategy="steps", save_only_model=True)
+    trainer.train()
+    for folder in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(ValueError, match="expected a whole checkpoint to resume from at .*_state.json cannot"):
+            trainer.train(resume_from_checkpoint=str(folder))
+    with pytest.raises(ValueError, match="expected optimizer.pt in .*checkpoint-1.*`save_only_model=true`"):
+        trainer.train(resume_from_checkpoint=True)
+
+
 def test_a_full_disk_leaves_the_checkpoints_before(two_checkpoints, monkeypatch):
     folder, _ = two_checkpoints
     shutil.rmtree(folder / "checkpoint-4")
