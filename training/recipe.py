@@ -229,7 +229,14 @@ def refuse_unknown(keys: Iterable[Hashable], known: Iterable[str], what: str, al
 
 
 def _check_together(data_args: DataArguments, args: MMARTrainingArguments, given: set[str]) -> None:
-    """Raises a `ValueError` if two values, each of them good, do not go together."""
+    """Raises a `ValueError` if there is nothing to train on, or two values, each good, do not go together."""
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"`{name}` must be at least 1; got {getattr(args, name)}.")
+    if args.max_steps <= 0 and not 0 < args.num_train_epochs < math.inf:
+        raise ValueError(
+            f"`num_train_epochs` must be above 0 where there is no `max_steps`; got {args.num_train_epochs}."
+        )
     if data_args.total_batch_size is not None and "gradient_accumulation_steps" in given:
         raise ValueError(
             "`gradient_accumulation_steps` follows from `total_batch_size` and the number of processes; got both. "

@@ -102,18 +102,26 @@ class MMARTrainingArguments(TrainingArguments):
         # transformers refuses bf16 on a CPU that was not asked for by name.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if isinstance(self.learning_rate_scales, str):
-            self.learning_rate_scales = json.loads(self.learning_rate_scales)
+            with contextlib.suppress(json.JSONDecodeError):
+                self.learning_rate_scales = json.loads(self.learning_rate_scales)
         super().__post_init__()
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"`ema_decay` must be in [0, 1); got {self.ema_decay}.")
+        if not _is_number(self.ema_decay) or not 0 <= self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` must be a number in [0, 1); got {self.ema_decay!r}.")
         for name in ("text_loss_weight", "image_loss_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"`{name}` must be at least 0 and finite; got {getattr(self, name)}.")
-        for name, scale in (self.learning_rate_scales or {}).items():
-            if not isinstance(scale, (int, float)) or not 0 <= scale < float("inf"):
+            weight = getattr(self, name)
+            if not _is_number(weight) or not 0 <= weight < float("inf"):
+                raise ValueError(f"`{name}` must be at least 0 and finite; got {weight!r}.")
+        scales = {} if self.learning_rate_scales is None else self.learning_rate_scales
+        if not isinstance(scales, dict) or not all(isinstance(name, str) for name in scales):
+            raise ValueError(
+                "`learning_rate_scales` must give a number for each beginning of parameters' names, such as "
+                f'{{"diffusion_mlp": 2.0}}; got {scales!r}.'
+            )
+        for name, scale in scales.items():
+            if not _is_number(scale) or not 0 <= scale < float("inf"):
                 raise ValueError(f"`learning_rate_scales` must be numbers of at least 0; got {scale!r} for {name!r}.")
         phases = self.learning_rate_phases
-        numbers = isinstance(phases, list) and all(type(factor) in (int, float) for factor in phases)
+        numbers = isinstance(phases, list) and all(_is_number(factor) for factor in phases)
         if not numbers or not phases or phases[0] != 1 or not all(0 < factor < float("inf") for factor in phases):
             raise ValueError(
                 "`learning_rate_phases` must be numbers above 0, the first of them 1, such as [1.0, 0.5] for half "
@@ -121,14 +129,18 @@ class MMARTrainingArguments(TrainingArguments):
             )
         if self.shard not in SHARD_CHOICES:
             raise ValueError(f"`shard` must be one of {', '.join(SHARD_CHOICES)}; got {self.shard!r}.")
-        if self.num_eval_pictures < 0:
-            raise ValueError(f"`num_eval_pictures` must be at least 0; got {self.num_eval_pictures}.")
+        if type(self.num_eval_pictures) is not int or self.num_eval_pictures < 0:
+            raise ValueError(f"`num_eval_pictures` must be an integer of at least 0; got {self.num_eval_pictures!r}.")
         # The collator reads columns that `forward` does not name.
         self.remove_unused_columns = False
         # A loss of NaN must show, and stops the training.
         self.logging_nan_inf_filter = False
         # Losses are summed here; gathered logits of a whole vocabulary would not fit.
         self.prediction_loss_only = True
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 class _UpdateEMA(TrainerCallback):
@@ -354,6 +366,11 @@ class MMARTrainer(Trainer):
                     f"expected a whole checkpoint in {self.args.output_dir!r} to resume from; there is none. Train "
                     "without `resume_from_checkpoint`."
                 )
+        if resume_from_checkpoint and (wrong := fault(resume_from_checkpoint)) is not None:
+            raise ValueError(
+                f"expected a whole checkpoint to resume from at {str(resume_from_checkpoint)!r}; {wrong}. Check the "
+                "path, or resume from another one."
+            )
         # The sampler is made before transformers reads the checkpoint's state.
         self._num_done_steps = num_steps(resume_from_checkpoint) if resume_from_checkpoint else 0
         if resume_from_checkpoint and isinstance(self.train_dataset, StreamedSamples):
@@ -366,11 +383,6 @@ class MMARTrainer(Trainer):
         other = checkpoint / POSITIONS_FILE.format(rank=self.args.world_size)
         if not path.is_file() or other.is_file():
             raise ValueError(
-        if resume_from_checkpoint and (wrong := fault(resume_from_checkpoint)) is not None:
-            raise ValueError(
-                f"expected a whole checkpoint to resume from at {str(resume_from_checkpoint)!r}; {wrong}. Check the "
-                "path, or resume from another one."
-            )
                 f"expected the places in the streams of {self.args.world_size} ranks in {str(checkpoint)!r}; they are "
                 "not there. Resume with as many ranks as before, or start anew with `resume=false`."
             )
@@ -502,6 +514,10 @@ class MMARTrainer(Trainer):
                 self._show_samples()
         return metrics
 
+    def predict(self, *args, **kwargs) -> PredictionOutput:
+        with self.ema_weights():
+            return super().predict(*args, **kwargs)
+
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         self._eval_sums.take(self.accelerator.reduce, self.args.device)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -520,10 +536,6 @@ class MMARTrainer(Trainer):
         if not self.args.should_save or is_sharded(self.model) or self.is_fsdp_enabled:
             return
         shown = eval_rows(dataset, self.args.num_eval_pictures)
-    def predict(self, *args, **kwargs) -> PredictionOutput:
-        with self.ema_weights():
-            return super().predict(*args, **kwargs)
-
         if not shown:
             return
         model, was_training = self.plain_model, self.model.training
@@ -648,6 +660,11 @@ class MMARTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         path = Path(checkpoint) / OPTIMIZER_NAME
+        if not path.is_file():
+            raise ValueError(
+                f"expected {OPTIMIZER_NAME} in {str(checkpoint)!r} to resume from it; it is not there. A checkpoint "
+                "of `save_only_model=true` can be the `model` of a new training, but not be resumed."
+            )
         state = torch.load(path, map_location="cpu", weights_only=True)
         load_optimizer_state(self.model, self.optimizer, state)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
@@ -660,11 +677,6 @@ def autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
 
 def learning_rate_factor(phases: list[float], step: int, num_training_steps: int) -> float:
     r"""
-        if not path.is_file():
-            raise ValueError(
-                f"expected {OPTIMIZER_NAME} in {str(checkpoint)!r} to resume from it; it is not there. A checkpoint "
-                "of `save_only_model=true` can be the `model` of a new training, but not be resumed."
-            )
     Args:
         phases (`list[float]`): Factors of the learning rate, each for an equal part of the steps.
         step (`int`): Of the optimizer, from 0.

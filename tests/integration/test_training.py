@@ -313,8 +313,20 @@ def test_loss_weights(tmp_path, processor):
     trainer.train()
     logged = trainer.state.log_history[0]
     assert logged["loss"] == pytest.approx(0.5 * logged["text_loss"] + 2.0 * logged["image_loss"], rel=1e-5)
-    with pytest.raises(ValueError, match="`text_loss_weight` must be at least 0 and finite; got -1"):
-        MMARTrainingArguments(output_dir=str(tmp_path), use_cpu=True, text_loss_weight=-1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("text_loss_weight", -1, "`text_loss_weight` must be at least 0 and finite; got -1"),
+        ("image_loss_weight", "1", "`image_loss_weight` must be at least 0 and finite; got '1'"),
+        ("ema_decay", None, r"`ema_decay` must be a number in \[0, 1\); got None"),
+        ("num_eval_pictures", 1.5, "`num_eval_pictures` must be an integer of at least 0; got 1.5"),
+    ],
+)
+def test_arguments_of_the_wrong_kind(tmp_path, name, value, message):
+    with pytest.raises(ValueError, match=message):
+        MMARTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **{name: value})
 
 
 def test_broken_rows_are_counted_and_reported(tmp_path, processor):

@@ -144,11 +144,17 @@ def test_no_field_is_in_both_classes():
         ("shuffle_buffer=0", "`shuffle_buffer` must be an integer of at least 1; got 0"),
         ("num_eval_samples=x", "`num_eval_samples` must be an integer"),
         ("gradient_accumulation_steps=2", "follows from `total_batch_size`.*got both"),
+        ("per_device_train_batch_size=0", "`per_device_train_batch_size` must be at least 1; got 0"),
+        ("num_train_epochs=-1", "`num_train_epochs` must be above 0 where there is no `max_steps`; got -1"),
         ("frozen_dtype=float16", "`frozen_dtype` must be one of float32, bfloat16; got 'float16'"),
         ("bf16=false", "`frozen_dtype` must be float32 without `bf16=true`"),
         ("learning_rate_phases=[]", r"`learning_rate_phases` must be numbers above 0.*got \[\]"),
         ("learning_rate_phases=[0.5, 1.0]", "the first of them 1"),
         ("learning_rate_phases=[1, 0]", "`learning_rate_phases` must be numbers above 0"),
+        ("learning_rate_scales=[1]", r"`learning_rate_scales` must give a number for each beginning .*got \[1\]"),
+        ("learning_rate_scales=0.5", "`learning_rate_scales` must give a number for each beginning .*got 0.5"),
+        ("learning_rate_scales=mlp", "`learning_rate_scales` must give a number for each beginning .*got 'mlp'"),
+        ("learning_rate_scales={mlp: true}", "`learning_rate_scales` must be numbers .*got True for 'mlp'"),
         ("task_weights=[1, 1]", "`task_weights` must be three numbers"),
         ("task_weights=[0, 0, 0]", "not all 0"),
         ("task_weights=[1, true, 0]", "`task_weights` must be three numbers"),
@@ -175,6 +181,11 @@ def test_streams_have_no_rows_by_number(setting, tmp_path):
         read("mmar_7b_stage1", tmp_path, "streaming=true", "max_steps=10", setting)
     data, args = read("mmar_7b_stage1", tmp_path, "streaming=true", "max_steps=10")
     assert data.streaming and args.max_steps == 10
+
+
+def test_no_micro_batches(tmp_path):
+    with pytest.raises(ValueError, match="`gradient_accumulation_steps` must be at least 1; got 0"):
+        read("mmar_7b_stage1", tmp_path, "total_batch_size=null", "gradient_accumulation_steps=0")
 
 
 def test_yaml_without_a_recipe(tmp_path):
