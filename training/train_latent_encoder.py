@@ -24,6 +24,7 @@ from ..command import run_command
 from ..conversion.models import open_model
 from ..modeling_mmar.embedding_vit_mmar import MMARViTLinear
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
+from ..pipelines.pipeline_mmar import MMARPipeline
 from ..processors.processing_mmar import MMARProcessor
 from .latents import LatentCache
 from .rows import BadRow, open_pictures
@@ -44,6 +45,21 @@ def readable_rows(source: Source, cache: LatentCache) -> tuple[list[dict[str, An
         try:
             row = source[number]
             cache[number]
+        except BadRow:
+            continue
+        rows.append({"answers": row.get("answers"), "depends_on": row.get("depends_on")})
+        numbers.append(number)
+    return rows, numbers
+
+
+def pictured_rows(source: Source) -> tuple[list[dict[str, Any]], list[int]]:
+    """The rows with one picture that can be opened, without it, and their numbers."""
+    rows, numbers = [], []
+    for number in range(len(source)):
+        try:
+            row = source[number]
+            if len(open_pictures(row)) != 1:
+                continue
         except BadRow:
             continue
         rows.append({"answers": row.get("answers"), "depends_on": row.get("depends_on")})
@@ -152,6 +168,12 @@ def main() -> None:
             f"expected answers whose `depends_on` is content or style in {args.data!r}; there are none. "
             "`python -m mmar.training.emoji_rows` shows how such rows look."
         )
+    if held_out is not None:
+        held_out_rows, held_out_numbers = pictured_rows(held_out)
+        if not held_out_rows:
+            raise ValueError(f"expected held-out rows with one picture each in {args.eval_data!r}; there are none.")
+        num_left_out = len(held_out) - len(held_out_rows)
+        print(f"{len(held_out_rows)} held-out rows, {num_left_out} without a picture left out", flush=True)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     model.to(device)
     reader = WordReader(model.model.latent_encoder, model.config.text_config.hidden_size, words).to(device)
@@ -176,11 +198,11 @@ def main() -> None:
 
     report = {"steps": args.num_steps}
     if held_out is not None:
-        read = list(range(len(held_out)))
-        latents = encode_all(model, processor, held_out, read)
-        report["told"] = share_told(reader.eval(), latents, [held_out[i] for i in read], words)
+        latents = encode_all(model, processor, held_out, held_out_numbers)
+        report["told"] = share_told(reader.eval(), latents, held_out_rows, words)
     model.save_pretrained(args.out)
     processor.save_pretrained(args.out)
+    MMARPipeline(model, processor, model.default_scheduler()).save_index(args.out)
     (args.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
 

@@ -103,6 +103,13 @@ def test_from_pictures_to_an_evaluated_checkpoint(tmp_path, data, monkeypatch, c
     changed = {name for name in weights if not torch.equal(weights[name], taught[name])}
     assert "model.latent_encoder.embedding_vit.layers.0.qkv.weight" in changed
     assert all(name.startswith("model.latent_encoder.") for name in changed)
+    assert isinstance(MMARPipeline.from_pretrained(reader).model, MMARForConditionalGeneration)
+    # Nothing to measure it on: told at once.
+    with_chat = tmp_path / "with_chat.jsonl"
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hi"}]
+    with_chat.write_text(json.dumps({"conversations": turns}))
+    with pytest.raises(ValueError, match="expected held-out rows with one picture each in"):
+        run(train_latent_encoder, monkeypatch, *read[:6], with_chat, *read[7:], "--out", tmp_path / "again")
     # The same command, the same weights.
     run(train_latent_encoder, monkeypatch, *read, "--out", tmp_path / "again")
     again = load_file(tmp_path / "again" / "model.safetensors")

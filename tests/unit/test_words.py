@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 from helpers import tiny_config, tiny_model
+from PIL import Image
 from torch import nn
 
+from mmar.training.train_latent_encoder import pictured_rows
 from mmar.training.words import WordReader, Words, known_words, share_told, words_of
 
 
@@ -58,3 +60,9 @@ def test_share_told_counts_rows_whose_answer_is_known():
 def test_rows_without_answers_have_no_words():
     assert known_words(ROWS[3:]) == {}
     assert known_words(ROWS).keys() == {"content", "style"}
+
+
+def test_held_out_rows_without_one_picture_that_opens_are_left_out():
+    picture, chat = Image.new("RGB", (8, 8)), [{"role": "user", "content": "Hi"}]
+    rows = [{"image": b"broken"}, {"image": picture, **ROWS[0]}, {"images": [picture] * 2}, {"messages": chat}]
+    assert pictured_rows(rows) == ([ROWS[0]], [1])
