@@ -57,6 +57,7 @@ class TrainingSource:
         cache (`LatentCache`, *optional*): Their latents, in place of the pictures.
         needs_relations (`bool`, *optional*, defaults to `False`): Read all rows once, for the contents that answers
             swap and the pictures of one style; a row lacks both otherwise.
+        label (`str`, *optional*): What reports call it; the rows' name by default.
 
     Attributes:
         contents (`list[str]`): What stands in the rows' `swaps`.
@@ -66,6 +67,7 @@ class TrainingSource:
     rows: Source
     cache: LatentCache | None = None
     needs_relations: bool = False
+    label: str | None = None
     contents: list[str] = field(default_factory=list, init=False)
     styles: dict[Hashable, list[int]] = field(default_factory=dict, init=False)
 
@@ -87,7 +89,7 @@ class TrainingSource:
     @property
     def name(self) -> str:
         """For reports."""
-        return getattr(self.rows, "name", type(self.rows).__name__)
+        return self.label or getattr(self.rows, "name", type(self.rows).__name__)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -416,6 +418,7 @@ class StreamedSamples(IterableDataset):
         rank, world_size (`int`, *optional*): This process and their number.
         buffer_size (`int`, *optional*, defaults to 1): Rows of which the next one is drawn.
         positions (`dict[int, dict]`, *optional*): Where each worker goes on, as its samples told.
+        names (`list[str]`, *optional*): What reports call the streams; `stream 0` and so on by default.
     """
 
     def __init__(
@@ -429,12 +432,14 @@ class StreamedSamples(IterableDataset):
         world_size: int = 1,
         buffer_size: int = 1,
         positions: dict[int, dict[str, Any]] | None = None,
+        names: list[str] | None = None,
     ):
         # One order of the shards for all ranks, or some would be read twice.
         streams = [stream.shuffle(seed=seed, buffer_size=buffer_size) for stream in streams]
         self.streams = [split_dataset_by_node(stream, rank, world_size) for stream in streams]
         self.maker, self.weights, self.task_weights = maker, weights, task_weights
         self.seed, self.rank, self.positions = seed, rank, positions or {}
+        self.names = [f"stream {index}" for index in range(len(streams))] if names is None else names
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
@@ -461,7 +466,7 @@ class StreamedSamples(IterableDataset):
                 if row is None:
                     return  # there are fewer shards than workers, and none for this one
                 generator = torch.Generator().manual_seed(stable_hash(*seeds, SAMPLE_DRAWS, number, len(skipped)))
-                name = f"stream {source}"
+                name = self.names[source]
                 try:
                     sample = self.maker(check_row(row, name), task, generator)
                     break

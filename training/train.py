@@ -52,7 +52,8 @@ def open_training_source(
     if arguments.latents is not None:
         cache = LatentCache(arguments.latents)
         cache.check(model, rows)
-    source = TrainingSource(rows, cache, needs_relations=swap_rate > 0 or (cache is not None and cache.has_views))
+    needs_relations = swap_rate > 0 or (cache is not None and cache.has_views)
+    source = TrainingSource(rows, cache, needs_relations, arguments.name)
     if swap_rate > 0 and not source.contents:
         raise ValueError(
             f"`swap_rate` needs swaps in {arguments.name}; no row has them. Set it to 0, or add the column."
@@ -90,6 +91,7 @@ def streamed_samples(
         args.process_index,
         args.world_size,
         data.shuffle_buffer,
+        names=[source.name for source in arguments],
     )
 
 

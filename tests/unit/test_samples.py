@@ -1,7 +1,11 @@
 import io
 import json
+from itertools import islice
+from types import SimpleNamespace
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import seeded, tiny_config
@@ -13,8 +17,10 @@ from mmar.modeling_mmar.configuration_mmar import IGNORE_INDEX
 from mmar.processors.processing_mmar import TASKS
 from mmar.training.collator import MMARDataCollator
 from mmar.training.mixture import BLOCK
+from mmar.training.recipe import DataArguments, SourceArguments
 from mmar.training.rows import BadRow
 from mmar.training.samples import SampleMaker, StepSampler, StreamedSamples, TrainingSource
+from mmar.training.train import open_training_source, streamed_samples, training_samples
 
 
 NUM_LATENTS = tiny_config().num_latents
@@ -299,6 +305,23 @@ def test_bad_rows_are_replaced_and_told(processor):
         row["image"] = b"broken"
     with pytest.raises(ValueError, match="expected rows that can be used; 100 in turn cannot, the last of them row"):
         make_samples(processor, 60, rows)[0]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_reports_call_a_source_by_its_name(processor, maker, tmp_path, streaming):
+    rows = [{**row, "image": {"bytes": row["image"], "path": None}} for row in make_rows()]
+    rows[1]["image"]["bytes"] = b"broken"
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    arguments = [SourceArguments(str(tmp_path / "rows.parquet"), "squares")]
+    data = DataArguments("model", "data", task_weights=[0, 0, 1], shuffle_buffer=1)
+    args = SimpleNamespace(train_batch_size=1, gradient_accumulation_steps=1, world_size=1, process_index=0)
+    args.max_steps, args.seed, args.data_seed = 8, 0, None
+    if streaming:
+        samples = islice(streamed_samples(arguments, maker, data, args), 8)
+    else:
+        sources = [open_training_source(source, None) for source in arguments]
+        samples = map(training_samples(sources, arguments, maker, data, args).__getitem__, range(8))
+    assert {name for sample in samples for name, _, _ in sample["skipped"]} == {"squares"}
 
 
 def test_sorting_stays_within_a_step(processor):
