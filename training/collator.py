@@ -69,8 +69,15 @@ class MMARDataCollator:
             where a latent is hidden. `for_trainer` has `latent_distributions` `(I, 2, C, h, w)` in place of `latents`.
 
         Raises:
-            ValueError: If a row cannot be used, or some samples have latents and others pictures.
+            ValueError: If a row cannot be used, columns of samples or rows were removed, or some samples have latents
+                and others pictures.
         """
+        if not all("seeds" in sample if "input_ids" in sample else sample for sample in samples):
+            raise ValueError(
+                "expected samples or rows with all their columns; some were removed. Set "
+                "`remove_unused_columns=False` in the training arguments: the collator reads columns that the model's "
+                "`forward` does not name."
+            )
         samples = [sample if "input_ids" in sample else self._sample(sample) for sample in samples]
         lengths = [len(sample["input_ids"]) for sample in samples]
         batch = {

@@ -135,6 +135,10 @@ def test_a_plain_trainer_trains_with_our_collator(tmp_path, processor):
     trainer = Trainer(ours.model, args, data_collator=collator, train_dataset=make_rows())
     trainer.train()
     assert len(losses_of(trainer)) == 3 and all(0 < loss < 20 for loss in losses_of(trainer))
+    args.remove_unused_columns = True
+    for dataset in (make_rows(), make_samples(processor, 4)):
+        with pytest.raises(ValueError, match="Set `remove_unused_columns=False`"):
+            Trainer(ours.model, args, data_collator=collator, train_dataset=dataset).train()
 
 
 def test_a_loss_of_nan_ends_the_training_and_saves_nothing(tmp_path, processor):
