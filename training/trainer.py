@@ -246,6 +246,12 @@ class MMARTrainer(Trainer):
             raise ValueError(f"`args` must be MMARTrainingArguments; got {type(args).__name__}.")
         if not hasattr(model, "freeze"):
             raise ValueError(f"`model` must be an MMARForConditionalGeneration; got {type(model).__name__}.")
+        for name in ("compute_metrics", "preprocess_logits_for_metrics"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"`{name}` must not be given: evaluations sum losses and keep no logits, which would not fit. "
+                    "Measure answers and drawings in a callback's `on_evaluate`."
+                )
         # A user's LoRA on top trains what peft says.
         is_adapted = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
         if is_adapted and args.train_backbone:

@@ -191,6 +191,12 @@ def test_evaluation_reports_its_own_losses(tmp_path, processor):
     assert trainer.predict(held_out).metrics["test_image_loss"] == metrics["eval_image_loss"]
 
 
+def test_metrics_of_logits_are_refused(tmp_path, processor):
+    args = MMARTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match="`compute_metrics` must not be given"):
+        MMARTrainer(make_squares_model(processor), args, compute_metrics=lambda prediction: {})
+
+
 def test_evaluation_draws_and_describes(tmp_path, processor):
     held_out = make_samples(processor, 4, seed=3)
     trainer = make_trainer(tmp_path, processor, max_steps=1, eval_dataset=held_out, num_eval_pictures=3)
