@@ -237,6 +237,11 @@ def _check_together(data_args: DataArguments, args: MMARTrainingArguments, given
         raise ValueError(
             f"`num_train_epochs` must be above 0 where there is no `max_steps`; got {args.num_train_epochs}."
         )
+    if args.resume_from_checkpoint is not None:
+        raise ValueError(
+            "a training goes on from the last whole checkpoint of `output_dir` by itself; got "
+            f"`resume_from_checkpoint`, {args.resume_from_checkpoint!r}. Drop it, or give the checkpoint as `model`."
+        )
     if data_args.total_batch_size is not None and "gradient_accumulation_steps" in given:
         raise ValueError(
             "`gradient_accumulation_steps` follows from `total_batch_size` and the number of processes; got both. "
