@@ -18,8 +18,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
-# Where a checkpoint is written; `get_last_checkpoint` and a user's eye pass over it.
-SAVING_FOLDER = ".saving"
+# Where a checkpoint is written; `get_last_checkpoint` and, with the underscore, uploads to the Hub pass over it.
+SAVING_FOLDER = "_saving"
 # Names and sizes of a checkpoint's files.
 MANIFEST_FILE = "manifest.json"
 

@@ -22,6 +22,7 @@ from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput, SaveStrategy
 
+from ..conversion.hub_mmar import export_remote_code
 from ..modeling_mmar.configuration_mmar import IGNORE_INDEX
 from ..modeling_mmar.modeling_mmar import MMARPreTrainedModel
 from ..pipelines.pipeline_mmar import MMARPipeline
@@ -636,8 +637,20 @@ class MMARTrainer(Trainer):
         if self.args.should_save:
             self.state.save_to_json(str(written / TRAINER_STATE_NAME))
             finish(written, run_dir / name)
+            if self.args.push_to_hub:
+                self._push_from_checkpoint(str(run_dir / name))
             rotate(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Uploads run beside the training: of a folder that keeps its name.
+        if self._is_saving:
+            return
+        if self._pipeline is not None and not self._is_adapted and self.is_world_process_zero():
+            # transformers adds weights, configs and processor.
+            export_remote_code(self.args.output_dir)
+            self._pipeline.save_index(self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def load_checkpoint(self, folder: str) -> None:
         """Loads the weights of a checkpoint and their EMA, to evaluate or save them; `train` resumes a training."""

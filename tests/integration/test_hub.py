@@ -1,6 +1,7 @@
 """Uploads with the real client to a Hub on the loopback address, and what comes back from there."""
 
 import re
+from pathlib import Path
 
 import pytest
 from conftest import REPO, SHARDED_REPO
@@ -242,3 +243,28 @@ result = MMARPipeline.from_pretrained("with_card").push_to_hub("me/card").oid
     assert card.data.license == "cc-by-sa-4.0" and "Keep this." in card.text
     assert '"me/card"' in card.text and '"with_card"' not in card.text
     assert 'pipe("a \\"red\\" square"' in card.text
+
+
+def test_a_training_pushes_its_checkpoints(home):
+    hub = Hub(token=TOKEN)
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from squares import make_processor, make_trainer
+from mmar import MMARPipeline
+trainer = make_trainer(
+    "run", make_processor(), max_steps=3, save_strategy="steps", save_steps=1, push_to_hub=True,
+    hub_model_id="me/training", hub_strategy="all_checkpoints", hub_always_push=True,
+)
+trainer.train()
+errors = [job.exception() for job in trainer.push_in_progress.jobs]
+opened = MMARPipeline.from_pretrained("me/training").model
+result = [[str(error) for error in errors if error is not None], str(opened.dtype)]
+"""
+    with serve(hub) as url:
+        not_done, opens = run_fresh(code, home, url, TOKEN)
+    assert not_done == [] and opens == "torch.float32"
+    repo = hub.repos["me/training"]
+    files = set(repo.commits[repo.branches["main"]])
+    assert {"model.safetensors", "modeling_mmar.py", "model_index.json", "checkpoint-3/optimizer.pt"} <= files
+    assert not [name for name in files if "saving" in name]
