@@ -19,6 +19,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.trainer_utils import IntervalStrategy
 
 from ..processors.processing_mmar import TASKS
 from .trainer import MMARTrainingArguments
@@ -241,6 +242,11 @@ def _check_together(data_args: DataArguments, args: MMARTrainingArguments, given
         raise ValueError(
             "a training goes on from the last whole checkpoint of `output_dir` by itself; got "
             f"`resume_from_checkpoint`, {args.resume_from_checkpoint!r}. Drop it, or give the checkpoint as `model`."
+        )
+    if data_args.eval_data is not None and args.eval_strategy == IntervalStrategy.NO:
+        raise ValueError(
+            "`eval_data` is measured with an `eval_strategy` only; got none. Set `eval_strategy=steps` and "
+            "`eval_steps`, or drop it."
         )
     if data_args.total_batch_size is not None and "gradient_accumulation_steps" in given:
         raise ValueError(

@@ -539,6 +539,10 @@ class MMARTrainer(Trainer):
         """Draws captions of the evaluation rows and describes their pictures; see `num_eval_pictures`."""
         dataset = self.eval_dataset
         if not isinstance(dataset, TrainingSamples) or self._pipeline is None:
+            logger.warning(
+                "`num_eval_pictures` needs TrainingSamples as `eval_dataset` and an MMARProcessor as "
+                "`processing_class`; nothing is drawn."
+            )
             return
         if not self.args.should_save or is_sharded(self.model) or self.is_fsdp_enabled:
             return

@@ -215,6 +215,14 @@ def test_evaluation_draws_and_describes(tmp_path, processor):
         assert picture.tobytes() == Image.open(folder / f"{i:03d}_drawn.png").tobytes()
 
 
+def test_an_evaluation_that_cannot_draw_says_so(tmp_path, processor, caplog):
+    held_out = {"squares": make_samples(processor, 4, seed=3)}
+    trainer = make_trainer(tmp_path, processor, max_steps=1, eval_dataset=held_out, num_eval_pictures=1)
+    assert "eval_squares_loss" in trainer.evaluate()
+    assert "`num_eval_pictures` needs TrainingSamples as `eval_dataset`" in caplog.text
+    assert not (tmp_path / "samples").exists()
+
+
 def test_the_best_checkpoint_is_loaded_with_its_average(tmp_path, processor):
     options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     options |= {"load_best_model_at_end": True, "metric_for_best_model": "image_loss", "learning_rate": 0.3}

@@ -146,6 +146,7 @@ def test_no_field_is_in_both_classes():
         ("gradient_accumulation_steps=2", "follows from `total_batch_size`.*got both"),
         ("per_device_train_batch_size=0", "`per_device_train_batch_size` must be at least 1; got 0"),
         ("resume_from_checkpoint=a", "goes on from the last whole checkpoint of `output_dir` by itself; got .*'a'"),
+        ("eval_data=rows.parquet", "`eval_data` is measured with an `eval_strategy` only; got none"),
         ("num_train_epochs=-1", "`num_train_epochs` must be above 0 where there is no `max_steps`; got -1"),
         ("frozen_dtype=float16", "`frozen_dtype` must be one of float32, bfloat16; got 'float16'"),
         ("bf16=false", "`frozen_dtype` must be float32 without `bf16=true`"),
