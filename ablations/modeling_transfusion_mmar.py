@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from ..modeling_mmar.configuration_mmar import MMARConfig
+from ..modeling_mmar.denoising_mmar import start_schedule
 from ..modeling_mmar.diffusion_mmar import MMARTimestepEmbedding, cosine_alphas_cumprod
 from ..modeling_mmar.embedding_vit_mmar import MMARViTLinear
 from ..modeling_mmar.generation_mmar import ImageRun
@@ -195,7 +196,7 @@ class MMARTransfusionForConditionalGeneration(MMARForConditionalGeneration):
             raise ValueError(f"`num_inference_steps` must be one integer here; got {run.num_inference_steps!r}.")
         device, (batch, num_latents, channels) = run.tokens.device, run.tokens.shape
         scheduler = copy.deepcopy(run.scheduler)
-        scheduler.set_timesteps(run.num_inference_steps, device=device)
+        start_schedule(scheduler, run.num_inference_steps, device)
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         step_kwargs = {"generator": run.generators} if takes_generator else {}
         shape = (num_latents, channels)

@@ -146,6 +146,15 @@ class PreparedHead:
             scale.add_(1)
 
 
+def start_schedule(scheduler: Any, num_inference_steps: int, device: torch.device) -> None:
+    """Sets a scheduler's timesteps, the first one to be taken next."""
+    scheduler.set_timesteps(num_inference_steps, device=device)
+    # Left to look the first timestep up, it begins with the second of those that round to the same one, as Karras
+    # sigmas do, and runs off the end.
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)
+
+
 def to_device(tensor: Tensor, like: Tensor) -> Tensor:
     """A tensor on the device of another; from the host to an accelerator without waiting for it."""
     if tensor.device.type == "cpu" and like.is_cuda:
@@ -274,4 +283,4 @@ class Denoiser:
         return noisy_latents
 
     def _set_timesteps(self) -> None:
-        self._scheduler.set_timesteps(self._num_inference_steps, device=self._device)
+        start_schedule(self._scheduler, self._num_inference_steps, self._device)

@@ -586,6 +586,15 @@ def test_schedulers(model, name):
     torch.testing.assert_close(torch.cat(rows), together, atol=1e-4, rtol=1e-4)
 
 
+def test_timesteps_that_round_to_the_same(model):
+    """Karras sigmas crowd at the noisy end; diffusers looks the first timestep up and finds the second such."""
+    config = model.default_scheduler().config
+    scheduler = DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=True)
+    scheduler.set_timesteps(6)
+    assert scheduler.timesteps[0] == scheduler.timesteps[1]
+    assert torch.isfinite(draw(model, scheduler=scheduler, generator=seeded(0), num_inference_steps=6)).all()
+
+
 def test_explicit_ddpm_equals_the_default(model):
     scheduler = DDPMScheduler.from_config(model.default_scheduler().config)
     assert torch.equal(draw(model, scheduler=scheduler, generator=seeded(0)), draw(model, generator=seeded(0)))
