@@ -250,10 +250,15 @@ class MMARImageGenerationMixin:
         chosen = self.image_preset(preset)
         num_inference_steps = chosen.num_inference_steps if num_inference_steps is None else num_inference_steps
         scheduler = self.preset_scheduler(chosen) if scheduler is None else scheduler
-        _check_prompts(input_ids, attention_mask, negative_attention_mask)
+        vocab_size = self.config.text_config.vocab_size
+        _check_prompt("", input_ids, attention_mask, vocab_size)
+        if negative_input_ids is not None:
+            _check_prompt("negative_", negative_input_ids, negative_attention_mask, vocab_size)
         _check_guidance(guidance_scale, guidance_schedule, guidance_interval)
         if not isinstance(order, str) or order not in ORDERS:
             raise ValueError(f"`order` must be one of {', '.join(ORDERS)}; got {order!r}.")
+        if callback is not None and not callable(callback):
+            raise ValueError(f"`callback` must be callable; got {callback!r}.")
         if merge_image_weights is not None and not isinstance(merge_image_weights, bool):
             raise ValueError(f"`merge_image_weights` must be True, False or None; got {merge_image_weights!r}.")
         batch, device = len(input_ids), input_ids.device
@@ -519,25 +524,41 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def _check_prompts(input_ids: Any, attention_mask: Any, negative_attention_mask: Any) -> None:
-    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.numel() == 0:
-        got = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+def _check_prompt(prefix: str, ids: Any, mask: Any, vocab_size: int) -> None:
+    """Raises a `ValueError` if token ids, or the mask beside them, are not those of a text before a picture."""
+    name, mask_name = f"{prefix}input_ids", f"{prefix}attention_mask"
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.numel() == 0:
+        got = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
         raise ValueError(
-            f"`input_ids` must be a torch tensor of shape (B, L), at least one row and one token; got {got}. "
+            f"`{name}` must be a torch tensor of shape (B, L), at least one row and one token; got {got}. "
             "`MMARProcessor.generation_inputs` makes it."
         )
-    for name, mask in (("attention_mask", attention_mask), ("negative_attention_mask", negative_attention_mask)):
-        if mask is not None and not isinstance(mask, Tensor):
-            raise ValueError(f"`{name}` must be a torch tensor; got {type(mask).__name__}.")
-        if mask is not None and not bool(mask[:, -1].all()):
-            raise ValueError(
-                f"`{name}` must end with 1 in every row: the picture follows the text, so prompts are padded on the "
-                "left; got right padding. `MMARProcessor.generation_inputs` pads so."
-            )
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(f"`{name}` must be integers; got {ids.dtype}. `MMARProcessor.generation_inputs` makes them.")
+    lowest, highest = (int(value) for value in ids.aminmax())
+    if lowest < 0 or highest >= vocab_size:
+        raise ValueError(
+            f"`{name}` must be in [0, {vocab_size}), the model's vocabulary; got {lowest if lowest < 0 else highest}. "
+            "Take tokenizer and model from one folder."
+        )
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"`{mask_name}` must be a torch tensor; got {type(mask).__name__}.")
+    if mask.shape != ids.shape:
+        raise ValueError(
+            f"`{mask_name}` must have the shape {tuple(ids.shape)} of `{name}`; got {tuple(mask.shape)}. "
+            "`MMARProcessor.generation_inputs` makes both."
+        )
+    if not bool(mask[:, -1].all()):
+        raise ValueError(
+            f"`{mask_name}` must end with 1 in every row: the picture follows the text, so prompts are padded on the "
+            "left; got right padding. `MMARProcessor.generation_inputs` pads so."
+        )
 
 
 def _check_guidance(scale: Any, schedule: Any, interval: Any) -> None:
-    if not isinstance(scale, numbers.Real) or not 0 <= scale < math.inf:
+    if not isinstance(scale, numbers.Real) or isinstance(scale, bool) or not 0 <= scale < math.inf:
         raise ValueError(f"`guidance_scale` must be a finite number of at least 0; got {scale!r}.")
     if schedule not in GUIDANCE_SCHEDULES:
         raise ValueError(f"`guidance_schedule` must be one of {', '.join(GUIDANCE_SCHEDULES)}; got {schedule!r}.")

@@ -683,7 +683,7 @@ ERRORS = {
     ),
     "prompt length": ({"input_ids": torch.ones(2, 512, dtype=torch.long)}, "shorter than 512 tokens; got 512"),
     "right padding": (
-        {"attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])},
+        {"attention_mask": torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]])},
         "`attention_mask` must end with 1 in every row.*got right padding",
     ),
     "preset": ({"preset": "quick"}, "`preset` must be one of paper, balanced, fast; got 'quick'"),
@@ -775,7 +775,24 @@ def test_known_nan_latents_raise(model):
         ({"generator": 0}, "`generator` must be a torch.Generator"),
         ({"generator": [None]}, "`generator` must be a torch.Generator or a list of them; got None"),
         ({"input_ids": [[1]]}, "`input_ids` must be a torch tensor of shape .* got list"),
+        ({"input_ids": torch.ones(1, 4)}, "`input_ids` must be integers; got torch.float32"),
+        ({"input_ids": torch.tensor([[1, 128]])}, r"`input_ids` must be in \[0, 128\).*; got 128"),
+        ({"input_ids": torch.tensor([[-1, 1]])}, "`input_ids` must be in .* got -1"),
         ({"attention_mask": [[1] * 4]}, "`attention_mask` must be a torch tensor; got list"),
+        (
+            {"attention_mask": torch.ones(1, 3)},
+            r"`attention_mask` must have the shape \(1, 4\) of `input_ids`; got \(1, 3\)",
+        ),
+        ({"attention_mask": torch.ones(4)}, r"`attention_mask` must have the shape \(1, 4\) .* got \(4,\)"),
+        ({"negative_input_ids": [[1]]}, "`negative_input_ids` must be a torch tensor of shape .* got list"),
+        ({"negative_input_ids": torch.ones(1, 3)}, "`negative_input_ids` must be integers; got torch.float32"),
+        ({"negative_input_ids": torch.tensor([[500]])}, "`negative_input_ids` must be in .* got 500"),
+        (
+            {"negative_input_ids": random_text(1, 3), "negative_attention_mask": torch.ones(1, 2)},
+            r"`negative_attention_mask` must have the shape \(1, 3\) of `negative_input_ids`; got \(1, 2\)",
+        ),
+        ({"guidance_scale": True}, "finite number of at least 0; got True"),
+        ({"callback": 5}, "`callback` must be callable; got 5"),
         ({"callback": lambda *args: {"latent": 0}}, "may return `latents` and `interrupt`; got latent"),
         (
             {"callback": lambda step, steps, partial, mask: {"latents": partial * float("nan")}},
