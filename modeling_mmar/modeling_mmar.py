@@ -1052,7 +1052,13 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         **kwargs,
     ) -> dict[str, Any]:
         # Without a cache every step reads the pictures again.
-        if is_first_iteration or not kwargs.get("use_cache", True):
+        reads_pictures = is_first_iteration or not kwargs.get("use_cache", True)
+        if not reads_pictures and kwargs.get("next_sequence_length") not in (None, 1):
+            # The prompt of an assistant, whose first iteration is not said to be one.
+            cache = kwargs.get("past_key_values")
+            reads_pictures = cache is None or int(cache.get_seq_length()) == 0
+        pixel_values = kwargs.get("pixel_values")
+        if reads_pictures:
             given = {"latents": latents, "image_token_mask": image_token_mask}
             kwargs |= {name: value for name, value in given.items() if value is not None}
         if kwargs.get("mm_token_type_ids") is None:
@@ -1064,6 +1070,8 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         inputs.pop("mm_token_type_ids", None)
+        if reads_pictures and pixel_values is not None:
+            inputs["pixel_values"] = pixel_values
         return inputs
 
     @staticmethod

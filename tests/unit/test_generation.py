@@ -130,6 +130,17 @@ def test_decoding_compiles_into_one_graph(mixed):
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("name", ["latents", "pixel_values"])
+def test_an_assistant_reads_the_pictures_too(model, prompt, name):
+    prompt = {"input_ids": prompt["input_ids"][:1], "latents": prompt["latents"][:1]}
+    if name == "pixel_values":
+        pictures = torch.rand(1, 3, 8, 8, generator=seeded(5)) * 2 - 1
+        prompt = {"input_ids": prompt["input_ids"], name: pictures}
+    expected = new_tokens(model, prompt, **GREEDY)
+    for assistant in (model, tiny_model(seed=1)):
+        assert torch.equal(new_tokens(model, prompt, assistant_model=assistant, **GREEDY), expected)
+
+
 def test_beams_with_pictures(model, mixed):
     batch, alone = mixed
     settings = {"num_beams": 3, **GREEDY}
