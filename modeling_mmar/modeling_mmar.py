@@ -1003,7 +1003,9 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             return self.generate_images(*args, **kwargs)
         if generation_mode not in (None, "text"):
             raise ValueError(f"`generation_mode` must be 'text' or 'image'; got {generation_mode!r}.")
-        _check_tensors({"input_ids": args[0] if args else kwargs.get("input_ids")}, self.config.text_config.vocab_size)
+        given = {name: kwargs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask")}
+        given |= {"input_ids": args[0]} if args else {}
+        _check_tensors(given, self.config.text_config.vocab_size)
         self._check_room(*args, **kwargs)
         return super().generate(*args, **kwargs)
 

@@ -552,7 +552,9 @@ def test_inputs_of_another_kind(model, arguments, message):
         ({"input_ids": [[1, 2]]}, r"`input_ids` must be a torch tensor; got list.*pass them as `\*\*inputs`"),
         ({"input_ids": random_text(1, 4)[0]}, r"`input_ids` must have the shape \(B, L\)"),
         ({"input_ids": torch.full((1, 3), 9999)}, "`input_ids` must be in .* got 9999"),
-        ({"input_ids": random_text(1, 4), "attention_mask": torch.ones(1, 3)}, r"must have the shape \(1, 4\)"),
+        ({"input_ids": random_text(1, 4), "attention_mask": torch.ones(1, 3)}, r"at least \(1, 4\); got \(1, 3\)"),
+        ({"input_ids": random_text(1, 4), "attention_mask": torch.ones(1, 5)}, r"must have the shape \(1, 4\)"),
+        ({"input_ids": random_text(1, 4), "attention_mask": [[1] * 4]}, "`attention_mask` must be a torch tensor"),
         ({"generation_mode": "image"}, "expected `input_ids`, the text before the picture; got none"),
     ],
 )
