@@ -204,10 +204,11 @@ class MMARPipeline(DiffusionPipeline):
                 "`callback_on_step_end_tensor_inputs` must be a list of names; got "
                 f"{callback_on_step_end_tensor_inputs!r}."
             )
-        if unknown := sorted(set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)):
+        known = self._callback_tensor_inputs
+        if unknown := [name for name in callback_on_step_end_tensor_inputs if name not in known]:
             raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` may hold {', '.join(self._callback_tensor_inputs)}; got "
-                f"{', '.join(unknown)}."
+                f"`callback_on_step_end_tensor_inputs` may hold {', '.join(known)}; got "
+                f"{', '.join(map(str, unknown))}."
             )
 
     @torch.no_grad()

@@ -293,6 +293,7 @@ def test_offloading_without_an_accelerator():
         ({"generator": [torch.Generator()] * 3}, "1 prompts x 1 pictures = 1; got 3"),
         ({"output_type": "jpg"}, "`output_type` must be one of pil, np, pt, latent; got 'jpg'"),
         ({"callback_on_step_end_tensor_inputs": ["z"]}, "may hold latents, latent_mask; got z"),
+        ({"callback_on_step_end_tensor_inputs": [3]}, "may hold latents, latent_mask; got 3"),
         ({"num_ar_steps": 0}, "`num_ar_steps` must be between 1 and 16"),
         ({"num_ar_steps": 17}, "`num_ar_steps` must be between 1 and 16"),
         ({"num_inference_steps": 0}, "`num_inference_steps` must be between 1 and 1000"),
