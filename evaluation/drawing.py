@@ -127,12 +127,17 @@ def read_lines(path: Path, what: str) -> list[dict[str, Any]]:
         `list[dict]`: The objects.
 
     Raises:
-        ValueError: If the file is missing or empty, or a line is no JSON object.
+        ValueError: If the file is missing, empty or no text, or a line is no JSON object.
     """
     if not path.is_file():
         raise ValueError(f"expected {what}; there is no file {str(path)!r}.")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected {what}, in UTF-8, in {str(path)!r}; got something else ({error}).") from error
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not `splitlines`, which cuts at some characters that JSON may have within a string.
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -295,6 +295,7 @@ def test_each_process_draws_its_share(pipe, tmp_path):
     [
         (None, "expected GenEval's metadata .*; there is no file"),
         ("", "it is empty"),
+        ("\xff\n", "expected GenEval's metadata .*, in UTF-8, in .*metadata.jsonl'; got something else"),
         ("{\n", "expected a JSON object on line 1 of"),
         ('{"tag": "a", "prompt": "b"}\n[1]\n', "expected a JSON object on line 2 of .*; got '.1.'"),
         ('{"tag": "a", "prompt": "b"}\n{"tag": "a"}\n', "expected a `prompt` in each row of .*; row 1 has None"),
@@ -304,10 +305,17 @@ def test_each_process_draws_its_share(pipe, tmp_path):
 def test_other_metadata(tmp_path, monkeypatch, text, message):
     path = tmp_path / "metadata.jsonl"
     if text is not None:
-        path.write_text(text)
+        path.write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=message):
         run(geneval, monkeypatch, "draw", *TINY, "--metadata", path, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_metadata_as_others_write_it(tmp_path):
+    """A byte order mark, and a separator of lines that JSON may have within a string."""
+    row, path = {"prompt": "a red\u2028cat", "tag": "colors"}, tmp_path / "metadata.jsonl"
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8-sig")
+    assert geneval.read_metadata(path) == [row]
 
 
 def result_line(tag, prompt, correct):
