@@ -129,7 +129,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
         raise ValueError(f"expected a table (NAME.tsv) in VLMEvalKit's layout; there is no file {str(path)!r}.")
     csv.field_size_limit(sys.maxsize)
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file, delimiter="\t"))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(
@@ -191,7 +191,7 @@ class AnswersSoFar:
         run (`dict[str, Any]`): What the answers hang on, kept in the first line.
 
     Raises:
-        ValueError: If the file holds the answers of another run.
+        ValueError: If the file holds the answers of another run, or something else.
     """
 
     def __init__(self, path: Path, run: dict[str, Any]):
@@ -203,16 +203,24 @@ class AnswersSoFar:
         if not whole:
             self._write([{"run": run}], "wb")
             return
-        if len(whole) < len(text):
-            os.truncate(path, len(whole))
-        first, *lines = map(json.loads, whole.decode("utf-8").splitlines())
+        try:
+            first, *lines = map(json.loads, whole.decode("utf-8").splitlines())
+            begun, answers = dict(first["run"]), {line["index"]: line["answer"] for line in lines}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"expected the answers of a run in {str(path)!r}, a JSON object on each line; got something else "
+                f"({type(error).__name__}: {error}). Mend the file, name another --work_dir, or delete the file to "
+                "begin anew."
+            ) from error
         if first != {"run": json.loads(json.dumps(run))}:
-            changed = [name for name in run if first.get("run", {}).get(name) != run[name]]
+            changed = [name for name in run if begun.get(name) != run[name]]
             raise ValueError(
                 f"expected the answers of the same run in {str(path)!r}; {', '.join(changed) or 'the run'} changed "
                 "since. Name another --work_dir, or delete the file to begin anew."
             )
-        self.answers = {line["index"]: line["answer"] for line in lines}
+        if len(whole) < len(text):
+            os.truncate(path, len(whole))
+        self.answers = answers
 
     def add(self, answers: Mapping[str, str]) -> None:
         """Adds answers by index; they are on the disk when this returns."""

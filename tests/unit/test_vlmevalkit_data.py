@@ -116,3 +116,22 @@ def test_a_killed_run_loses_nothing(tmp_path):
     path.write_bytes(b'{"run"')
     assert AnswersSoFar(path, run).answers == {}
     assert path.read_text() == json.dumps({"run": run}) + "\n"
+
+
+@pytest.mark.parametrize("line", ["x", "{}", "[1]", "\0\0", '{"index": "0"}'])
+def test_answers_that_are_none(tmp_path, line):
+    """After a failing disk, or of another program."""
+    path, run = tmp_path / "answers.jsonl", {"model": "m1"}
+    for lines in ((line,), (json.dumps({"run": run}), line)):
+        text = "".join(f"{each}\n" for each in (*lines, '{"index'))
+        path.write_text(text)
+        with pytest.raises(ValueError, match="expected the answers of a run in .*answers.jsonl.*begin anew"):
+            AnswersSoFar(path, run)
+        assert path.read_text() == text
+
+
+def test_table_with_a_byte_order_mark(tmp_path):
+    """As spreadsheets write it; the kit reads it too."""
+    path = tmp_path / "table.tsv"
+    path.write_text("index\tquestion\n7\tIs it?\n", encoding="utf-8-sig")
+    assert read_table(path) == [{"index": "7", "question": "Is it?"}]
