@@ -104,8 +104,18 @@ class MMARAnswerer:
             `MMARAnswerer`
 
         Raises:
-            ValueError: If there is no MMAR, or its tokenizer or chat template is missing.
+            ValueError: If there is no MMAR, its tokenizer is missing, or `device` or `dtype` are none that torch has.
         """
+        if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"`dtype` must be 'auto' or a type of torch, such as 'bfloat16'; got {dtype!r}.")
+        if device is not None:
+            try:
+                torch.empty(0, device=device)
+            # AssertionError: torch was built without it.
+            except (RuntimeError, AssertionError) as error:
+                raise ValueError(
+                    f"`device` must be one that torch has here, such as 'cpu'; got {str(device)!r} ({error})."
+                ) from error
         try:
             processor = MMARProcessor.from_pretrained(name)
         # Whatever the parts raise where a file is missing or of another model.

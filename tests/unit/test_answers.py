@@ -165,6 +165,21 @@ def test_a_folder_that_is_no_whole_mmar_is_refused(tmp_path):
         MMARAnswerer(other, processor)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": "float99"}, "`dtype` must be 'auto' or a type of torch, such as 'bfloat16'; got 'float99'"),
+        ({"dtype": "nn"}, "`dtype` must be .* got 'nn'"),
+        ({"device": "gpu"}, "`device` must be one that torch has here, such as 'cpu'; got 'gpu'"),
+        # That of no machine: torch was built without it, or there are not so many.
+        ({"device": "cuda:99"}, "`device` must be one that torch has here, such as 'cpu'; got 'cuda:99'"),
+    ],
+)
+def test_devices_and_types_that_torch_does_not_have(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MMARAnswerer.from_pretrained(str(CHECKPOINT), **arguments)
+
+
 def test_another_training_has_another_fingerprint():
     processor = make_processor()
     model = make_squares_model(processor)
