@@ -7,6 +7,7 @@ beside it; a linear on the LLM's output tells the noise. PLoRA, bidirectional pi
 
 import copy
 import inspect
+import numbers
 from typing import Any
 
 import torch
@@ -192,8 +193,11 @@ class MMARTransfusionForConditionalGeneration(MMARForConditionalGeneration):
                 f"`latent_mask` must hide all {run.hidden.shape[1]} latents, since the LLM denoises whole pictures; "
                 f"got {run.num_hidden} hidden ones. Inpainting needs MMAR."
             )
-        if not isinstance(run.num_inference_steps, int):
-            raise ValueError(f"`num_inference_steps` must be one integer here; got {run.num_inference_steps!r}.")
+        if not isinstance(run.num_inference_steps, numbers.Integral):
+            raise ValueError(
+                "`num_inference_steps` must be one integer, since the LLM draws in one round; got "
+                f"{run.num_inference_steps!r}. Give it beside the preset, or take another preset."
+            )
         device, (batch, num_latents, channels) = run.tokens.device, run.tokens.shape
         scheduler = copy.deepcopy(run.scheduler)
         start_schedule(scheduler, run.num_inference_steps, device)

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from helpers import IMAGE, image_marks, random_latents, random_text, seeded, tiny_arguments, tiny_config
@@ -318,8 +319,10 @@ def test_what_transfusion_refuses():
     mask[:, :4] = True
     with pytest.raises(ValueError, match="must hide all 16 latents.*got 4 hidden ones"):
         draw(model, latents=random_latents(model, 2), latent_mask=mask)
-    with pytest.raises(ValueError, match="must be one integer here"):
-        draw(model, num_inference_steps=(4, 2))
+    for arguments in ({"num_inference_steps": (4, 2)}, {"preset": "balanced", "num_inference_steps": None}):
+        with pytest.raises(ValueError, match="`num_inference_steps` must be one integer.*take another preset"):
+            draw(model, **arguments)
+    assert torch.isfinite(draw(model, num_inference_steps=np.int64(3))).all()
     with pytest.raises(StrictDataclassError, match="`understanding_level` must be between 0 and 1000"):
         MMARTransfusionConfig(**tiny_arguments() | {"understanding_level": 1001})
     assert math.isclose(float(model.alphas_cumprod_of(torch.tensor(0))), 1.0)
