@@ -141,7 +141,7 @@ class MMARPipeline(DiffusionPipeline):
 
     @property
     def num_timesteps(self) -> int:
-        """Autoregressive steps of the call that runs or ran last."""
+        """Steps of the call that runs or ran last, after each of which the callback is called."""
         return self._num_timesteps
 
     @property
@@ -318,6 +318,8 @@ class MMARPipeline(DiffusionPipeline):
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
 
             def on_step_end(step: int, num_steps: int, partial: Tensor, mask: Tensor) -> dict[str, Any] | None:
+                # Of a model that draws in one round, the diffusion steps.
+                self._num_timesteps = progress_bar.total = num_steps
                 progress_bar.update()
                 changed = None
                 if callback_on_step_end is not None:

@@ -10,10 +10,12 @@ import torch
 from conftest import REPO, make_pipeline
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
 from diffusers.utils import logging as diffusers_logging
+from helpers import tiny_arguments
 from PIL import Image
 from transformers import AutoModel, pipeline
 
 from mmar import MMARConfig, MMARForConditionalGeneration, MMARPipeline, MMARPipelineOutput
+from mmar.ablations.modeling_transfusion_mmar import MMARTransfusionConfig, MMARTransfusionForConditionalGeneration
 from mmar.conversion import hub_mmar
 
 
@@ -207,6 +209,28 @@ def test_progress_bar(capfd):
     pipe.set_progress_bar_config(disable=True)
     pipe(PROMPT, generator=seeded(), output_type="latent")
     assert capfd.readouterr().err == ""
+
+
+def test_steps_of_a_model_that_draws_in_one_round(pipe, capfd):
+    """They are the diffusion steps: of the bar, and of callbacks of diffusers, which stop at a share of them."""
+    processor = pipe.processor
+    config = MMARTransfusionConfig(
+        **tiny_arguments(
+            text_config={"vocab_size": len(processor.tokenizer)},
+            diffusion_config={"prediction_type": "epsilon"},
+            image_token_id=processor.image_token_id,
+        )
+    )
+    model = MMARTransfusionForConditionalGeneration._from_config(config).eval()
+    drawing, seen = MMARPipeline(model, processor, model.default_scheduler()), []
+
+    def callback(pipe, step, timestep, kwargs):
+        seen.append((step, pipe.num_timesteps))
+        return kwargs
+
+    drawing(PROMPT, num_inference_steps=7, generator=seeded(), output_type="latent", callback_on_step_end=callback)
+    assert seen == [(step, 7) for step in range(7)]
+    assert "7/7" in capfd.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------- scheduler, device, dtype
