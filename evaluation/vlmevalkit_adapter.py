@@ -263,7 +263,8 @@ def infer(model: MMARForVLMEvalKit, dataset: Any, data: Any, answers: AnswersSoF
         try:
             messages = [model.build_prompt(row, name) if is_custom else dataset.build_prompt(row) for row in rows]
             texts = model.generate_batch(messages, name)
-        except ValueError as error:
+        # An OSError is Pillow's, of a picture that is none.
+        except (ValueError, OSError) as error:
             raise ValueError(f"{name}, rows with index {', '.join(indices)}: {error}") from error
         answers.add(dict(zip(indices, texts, strict=True)))
 

@@ -52,6 +52,7 @@ def tables(tmp_path_factory):
     for name in ("POPE_SQUARES", "YES_NO", "POPE"):
         write_table(folder / f"{name}.tsv", rows)
     write_table(folder / "CHOICES.tsv", choices)
+    write_table(folder / "BROKEN.tsv", [{**rows[0], "image": "A" * 100}, rows[1]])
     write_table(folder / "OPEN.tsv", [{**row, "answer": "something"} for row in rows])
     given = {row["index"]: row["answer"].lower() if int(row["index"]) < 5 else "perhaps" for row in rows[2:]}
     for name in ("POPE_SQUARES", "YES_NO"):
@@ -111,6 +112,7 @@ def test_what_is_wrong_is_said(result):
         "offline": "expected the benchmark MMStar; VLMEvalKit cannot load it: Exception: Failed to download",
         "table": "expected a table (NAME.tsv) in VLMEvalKit's layout; there is no file '",
         "name": "'POPE' is a benchmark of the kit. Rename the file, or",
+        "picture": "BROKEN, rows with index 0, 1: cannot identify image file",
         "other run": "options changed since. Name another --work_dir",
     }
     for name, message in messages.items():

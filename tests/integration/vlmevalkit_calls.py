@@ -65,6 +65,7 @@ def main():
             "offline": refusal(command, folder, "--data", "MMStar", "--work_dir", work),
             "table": refusal(command, folder, "--data", tables / "NO.tsv", "--work_dir", work),
             "name": refusal(command, folder, "--data", tables / "POPE.tsv", "--work_dir", work),
+            "picture": refusal(command, folder, "--data", tables / "BROKEN.tsv", "--work_dir", work),
         },
         "custom": {
             name: model.use_custom_prompt(name)
