@@ -12,11 +12,12 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
@@ -38,13 +39,13 @@ WEIGHT_DECAY = 0.05
 EVAL_BATCH_SIZE = 128
 
 
-def readable_rows(source: Source, cache: LatentCache) -> tuple[list[dict[str, Any]], list[int]]:
-    """The rows that have latents, without their pictures, and their numbers."""
+def usable_rows(source: Source, check: Callable[[int, dict[str, Any]], Any]) -> tuple[list[dict[str, Any]], list[int]]:
+    """The rows, without their pictures, at which neither source nor `check` raises `BadRow`, and their numbers."""
     rows, numbers = [], []
     for number in range(len(source)):
         try:
             row = source[number]
-            cache[number]
+            check(number, row)
         except BadRow:
             continue
         rows.append({"answers": row.get("answers"), "depends_on": row.get("depends_on")})
@@ -52,19 +53,12 @@ def readable_rows(source: Source, cache: LatentCache) -> tuple[list[dict[str, An
     return rows, numbers
 
 
-def pictured_rows(source: Source) -> tuple[list[dict[str, Any]], list[int]]:
-    """The rows with one picture that can be opened, without it, and their numbers."""
-    rows, numbers = [], []
-    for number in range(len(source)):
-        try:
-            row = source[number]
-            if len(open_pictures(row)) != 1:
-                continue
-        except BadRow:
-            continue
-        rows.append({"answers": row.get("answers"), "depends_on": row.get("depends_on")})
-        numbers.append(number)
-    return rows, numbers
+def picture_of(row: dict[str, Any]) -> Image.Image:
+    """The one picture of a row; raises `BadRow` if it has more or none, or it cannot be opened."""
+    pictures = open_pictures(row)
+    if len(pictures) != 1:
+        raise BadRow(f"expected one picture; got {len(pictures)}.")
+    return pictures[0]
 
 
 def draw_latents(cache: LatentCache, numbers: list[int], kind: str, generator: torch.Generator) -> Tensor:
@@ -130,7 +124,7 @@ def encode_all(
 ) -> Iterator[Tensor]:
     """Latents `(B, C, h, w)` of rows, batch by batch: the modes of their posteriors."""
     for start in range(0, len(numbers), EVAL_BATCH_SIZE):
-        pictures = [open_pictures(source[number])[0] for number in numbers[start : start + EVAL_BATCH_SIZE]]
+        pictures = [picture_of(source[number]) for number in numbers[start : start + EVAL_BATCH_SIZE]]
         pixel_values = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
         yield model.encode_image_distributions(pixel_values.to(model.vae.device))[0]
 
@@ -161,7 +155,7 @@ def main() -> None:
     model, processor = open_model(args.model, dtype=torch.float32), MMARProcessor.from_pretrained(args.model)
     cache = LatentCache(args.latents)
     cache.check(model, source)
-    rows, numbers = readable_rows(source, cache)
+    rows, numbers = usable_rows(source, lambda number, row: cache[number])
     words = known_words(rows)
     if not words:
         raise ValueError(
@@ -169,7 +163,7 @@ def main() -> None:
             "`python -m mmar.training.emoji_rows` shows how such rows look."
         )
     if held_out is not None:
-        held_out_rows, held_out_numbers = pictured_rows(held_out)
+        held_out_rows, held_out_numbers = usable_rows(held_out, lambda number, row: picture_of(row))
         if not held_out_rows:
             raise ValueError(f"expected held-out rows with one picture each in {args.eval_data!r}; there are none.")
         num_left_out = len(held_out) - len(held_out_rows)

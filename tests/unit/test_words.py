@@ -8,7 +8,7 @@ from helpers import tiny_config, tiny_model
 from PIL import Image
 from torch import nn
 
-from mmar.training.train_latent_encoder import pictured_rows
+from mmar.training.train_latent_encoder import picture_of, usable_rows
 from mmar.training.words import WordReader, Words, known_words, share_told, words_of
 
 
@@ -65,4 +65,4 @@ def test_rows_without_answers_have_no_words():
 def test_held_out_rows_without_one_picture_that_opens_are_left_out():
     picture, chat = Image.new("RGB", (8, 8)), [{"role": "user", "content": "Hi"}]
     rows = [{"image": b"broken"}, {"image": picture, **ROWS[0]}, {"images": [picture] * 2}, {"messages": chat}]
-    assert pictured_rows(rows) == ([ROWS[0]], [1])
+    assert usable_rows(rows, lambda number, row: picture_of(row)) == ([ROWS[0]], [1])
