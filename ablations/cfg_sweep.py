@@ -79,9 +79,7 @@ def main() -> None:
             print(json.dumps({"scale": scale, "seed": seed, **outcome}), flush=True)
     picture = plot_path(args.out, "cfg_sweep")
     plot(figures, picture)
-    lines = [
-        [scale, *(cell([o[k] for o in runs], k != "frechet") for k in COLUMNS)] for scale, runs in figures.items()
-    ]
+    lines = [[scale, *(cell(runs, key) for key in COLUMNS)] for scale, runs in figures.items()]
     body = f"""
 {len(rows)} held-out captions, `preset="paper"`; mean and half of Student's 95 % interval over {args.seeds} seeds of
 the drawings.

@@ -33,22 +33,29 @@ from .study import (
 
 
 LEVELS = (0, 125, 250, 375, 500, 750)  # v1, A.8
-COLUMNS = {"caption": "captions", "name": "names", "style": "styles"}
+COLUMNS = {"caption": "captions", "name": "names", "style": "styles", "name_loss": "nats per name"}
 
 
 def plot(figures: dict[int, list[dict[str, float]]], file: Path) -> None:
-    """Shares answered exactly, against the level."""
+    """Shares answered exactly, and nats per name, against the level."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    shares, nats = figure.subplots(1, 2)
     for key, label in COLUMNS.items():
+        axes, factor = (nats, 1) if key == "name_loss" else (shares, 100)
         means, halves = zip(*(interval([own[key] for own in runs]) for runs in figures.values()), strict=True)
         axes.errorbar(
-            list(figures), [100 * m for m in means], [100 * h for h in halves], marker="o", capsize=4, label=label
+            list(figures),
+            [factor * m for m in means],
+            [factor * h for h in halves],
+            marker="o",
+            capsize=4,
+            label=label,
         )
-    axes.set(xlabel="noise level of the picture", ylabel="answered exactly, %")
-    axes.legend()
+    shares.set(xlabel="noise level of the picture", ylabel="answered exactly, %")
+    shares.legend()
+    nats.set(xlabel="noise level of the picture", ylabel=COLUMNS["name_loss"])
     figure.savefig(file)
 
 
@@ -74,10 +81,11 @@ def main() -> None:
     name = f"noise_levels_{args.config.name}"
     picture = plot_path(args.out, name)
     plot(figures, picture)
-    lines = [[level, *(cell([own[key] for own in runs]) for key in COLUMNS)] for level, runs in figures.items()]
+    lines = [[level, *(cell(runs, key) for key in COLUMNS)] for level, runs in figures.items()]
     body = f"""
 Held-out rows answered exactly by the Transfusion-like model whose pictures carry noise of a level; trained on levels 0
-to 500. Mean and half of Student's 95 % interval over {args.seeds} seeds.
+to 500. Nats per name: the mean negative log-probability of the name. Mean and half of Student's 95 % interval over
+{args.seeds} seeds.
 
 {table(["level", *COLUMNS.values()], lines)}
 

@@ -6,8 +6,9 @@ More data and larger models, in small (Fig. 3 C, Sec. 4.3): answers and drawings
         --out docs/results
 
 Three things are varied, each from the base trial: the steps, and so the samples seen, a quarter, a half and all of
-them (the paper's axis); the training rows, a quarter, a half and all of them with equal steps; and the model, three
-widths and depths. Paper: understanding rises with the samples seen, without saturation, and from 0.5B to 7B.
+them (the paper's axis); the training rows, a quarter, a half and all of them with equal steps; and the model's widths,
+a quarter, a half and all of them. Paper: understanding rises with the samples seen, without saturation, and from 0.5B
+to 7B.
 """
 
 import argparse
@@ -20,29 +21,33 @@ from .systems import num_trained
 
 
 SHARES = (0.25, 0.5, 1.0)
-# Entries of the base config; heads keep their width.
+# Entries of the base config by the part of its widths; attention heads keep theirs.
 SIZES = {
-    "small": {
+    "quarter": {
+        "text_config.hidden_size": 48,
+        "text_config.num_attention_heads": 1,
+        "text_config.num_key_value_heads": 1,
+        "text_config.intermediate_size": 128,
+        "vit_config.hidden_size": 32,
+        "diffusion_config.hidden_size": 32,
+    },
+    "half": {
         "text_config.hidden_size": 96,
         "text_config.num_attention_heads": 2,
         "text_config.num_key_value_heads": 1,
         "text_config.intermediate_size": 256,
-        "text_config.num_hidden_layers": 3,
         "vit_config.hidden_size": 64,
         "diffusion_config.hidden_size": 64,
     },
     "base": {},
-    "large": {
-        "text_config.hidden_size": 288,
-        "text_config.num_attention_heads": 6,
-        "text_config.num_key_value_heads": 3,
-        "text_config.intermediate_size": 768,
-        "text_config.num_hidden_layers": 6,
-        "vit_config.hidden_size": 192,
-        "diffusion_config.hidden_size": 192,
-    },
 }
-COLUMNS = {"name": "names answered", "style": "styles answered", "name_top1": "drawings named", "frechet": "Frechet"}
+COLUMNS = {
+    "name": "names answered",
+    "name_loss": "nats per name",
+    "style": "styles answered",
+    "name_top1": "drawings named",
+    "frechet": "Frechet",
+}
 
 
 def plot(axes_of_study: dict[str, dict[object, list[dict[str, float]]]], file: Path) -> None:
@@ -92,10 +97,7 @@ def main() -> None:
     tables = [
         table(
             [axis, *COLUMNS.values()],
-            [
-                [place, *(cell([own[key] for own in outcomes], key != "frechet") for key in COLUMNS)]
-                for place, outcomes in runs.items()
-            ],
+            [[place, *(cell(outcomes, key) for key in COLUMNS)] for place, outcomes in runs.items()],
         )
         for axis, runs in figures.items()
     ]

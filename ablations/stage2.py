@@ -23,6 +23,7 @@ COLUMNS = {
     "style_drawn": "drawings in style",
     "frechet": "Frechet",
     "name": "names answered",
+    "name_loss": "nats per name",
 }
 WAYS = {"first stage alone": None, "goes on in [0.7, 1]": STAGE1_MIN, "second stage in (0, 1]": 0.0}
 
@@ -58,10 +59,7 @@ def main() -> None:
     name = f"stage2_{args.config.name}"
     picture = plot_path(args.out, name)
     plot(figures, picture)
-    lines = [
-        [way, *(cell([own[key] for own in runs], key != "frechet") for key in COLUMNS)]
-        for way, runs in figures.items()
-    ]
+    lines = [[way, *(cell(runs, key) for key in COLUMNS)] for way, runs in figures.items()]
     body = f"""
 Mean and half of Student's 95 % interval over {args.seeds} seeds.
 

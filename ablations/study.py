@@ -26,7 +26,8 @@ from transformers.utils import is_matplotlib_available
 
 from ..benchmarks.timing import commit, processor, versions
 from ..conversion.folders import new_folder
-from ..evaluation.emoji_styles import ask, draw
+from ..evaluation.answers import MMARAnswerer
+from ..evaluation.emoji_styles import BATCH_SIZE, ask, draw
 from ..modeling_mmar.configuration_mmar import MMARConfig
 from ..modeling_mmar.frozen_parts_mmar import sha256_of
 from ..pipelines.pipeline_mmar import MMARPipeline
@@ -40,6 +41,10 @@ SETTINGS = {"transfusion": {"mask_ratio_min": 0.999}}
 NUM_INFERENCE_STEPS = 50
 # Steps between losses that are logged, and how many of these are averaged at the end.
 NUM_LOGGED, NUM_AVERAGED = 100, 10
+# What a row's questions ask for.
+QUESTIONS = ("caption", "name", "style")
+# Figures that are no share, and their decimals.
+DECIMALS = {"name_loss": 2, "frechet": 1}
 # Our names of the judge's figures.
 JUDGED = {"name_top1": "name_top1", "style_drawn": "style", "frechet": "frechet", "frechet_real": "frechet_real"}
 # Two-sided 95 % quantiles of Student's t, by degrees of freedom.
@@ -118,8 +123,8 @@ class Study:
         A trial's figures: read, if it was done; else it is trained and measured, from where it was stopped.
 
         Returns:
-            `dict`: Shares of the held-out rows that are answered exactly, `caption`, `name` and `style`, the judge's
-            `name_top1`, `style_drawn` and `frechet`, and the last `text_loss` and `image_loss`.
+            `dict`: What `understand` tells of the held-out rows, the judge's `name_top1`, `style_drawn` and `frechet`,
+            and the last `text_loss` and `image_loss`.
 
         Raises:
             ValueError: If the folder holds another trial, or a part of it failed.
@@ -152,7 +157,7 @@ class Study:
             **options: Of the pipeline.
 
         Returns:
-            `dict` of shares and the Frechet distance.
+            `dict` of what `understand` and the judge tell.
         """
         rows, pipe = read_rows(self.test), open_pipeline(model)
         figures = self.understand(pipe, rows)
@@ -161,16 +166,34 @@ class Study:
         return {**figures, **{name: float(judged[key]) for name, key in JUDGED.items()}}
 
     def understand(self, pipe: MMARPipeline, rows: list[dict[str, Any]]) -> dict[str, float]:
-        """Shares of the rows whose answer is exactly right, for each of their questions."""
+        r"""
+        How a model answers the three questions of rows.
+
+        Args:
+            pipe (`MMARPipeline`): Model and processor.
+            rows (`list[dict]`): Rows with an image, questions and answers.
+
+        Returns:
+            `dict`: Shares of the rows that are answered exactly, `caption`, `name` and `style`; and `name_loss`, the
+            mean negative log-probability of a row's name, in nats, which tells models apart whose answers are all
+            wrong.
+        """
         pictures = pipe.processor.image_processor.fetch_images([row["image"] for row in rows])
         shares = {}
-        for number, name in enumerate(("caption", "name", "style")):
+        for number, name in enumerate(QUESTIONS):
             question = rows[0]["questions"][number]
             answers = ask(pipe, pictures, question)
             shares[name] = statistics.mean(
                 answer.strip() == row["answers"][number] for answer, row in zip(answers, rows, strict=True)
             )
-        return shares
+        number = QUESTIONS.index("name")
+        chats = [
+            [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}]
+            for picture, question in zip(pictures, (row["questions"][number] for row in rows), strict=True)
+        ]
+        answerer = MMARAnswerer(pipe.model, pipe.processor, BATCH_SIZE)
+        scores = answerer.log_likelihoods(chats, [row["answers"][number] for row in rows])
+        return {**shares, "name_loss": -statistics.mean(score for score, _ in scores)}
 
     def scored(self, pictures: Path) -> dict[str, float]:
         """What the judge prints of a folder of drawings."""
@@ -332,12 +355,12 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, STUDENT[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def cell(values: Sequence[float], is_share: bool = True) -> str:
-    """A figure over seeds, as a table shows it."""
-    mean, half = interval(values)
-    factor, unit = (100, " %") if is_share else (1, "")
-    spread = "" if math.isnan(half) else f" ± {factor * half:.1f}"
-    return f"{factor * mean:.1f}{spread}{unit}"
+def cell(runs: Sequence[dict[str, float]], figure: str) -> str:
+    """A figure over the runs of several seeds, as a table shows it: shares in percent."""
+    mean, half = interval([own[figure] for own in runs])
+    factor, unit, decimals = (1, "", DECIMALS[figure]) if figure in DECIMALS else (100, " %", 1)
+    spread = "" if math.isnan(half) else f" ± {factor * half:.{decimals}f}"
+    return f"{factor * mean:.{decimals}f}{spread}{unit}"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -5,8 +5,9 @@ Table 3 in small: MMAR, epsilon, VQ and the Transfusion-like model with equal da
         --test checkpoints/emoji-lite/test.parquet --vae runs/vae --vq runs/vq --judge JUDGE.py \\
         --work runs/table3 --out docs/results
 
-Understanding is the share of names that are answered exactly, generation the judge's Frechet distance and the share of
-drawings that it names as asked. Stopped and started again, it goes on where it was.
+Understanding is the share of names that are answered exactly and the negative log-probability of the names, generation
+the judge's Frechet distance and the share of drawings that it names as asked. Stopped and started again, it goes on
+where it was.
 """
 
 import argparse
@@ -24,6 +25,7 @@ PAPER = {"mmar": (34.56, 36.6), "epsilon": (32.21, 61.53), "vq": (29.70, 66.26),
 TARGETS = {"mmar": "v", "epsilon": "noise", "vq": "codes, in nats", "transfusion": "noise"}
 COLUMNS = {
     "name": "names answered",
+    "name_loss": "nats per name",
     "style": "styles answered",
     "name_top1": "drawings named",
     "style_drawn": "drawings in style",
@@ -40,8 +42,13 @@ def plot(figures: dict[str, list[dict[str, float]]], file: Path) -> None:
     """Understanding and generation of each system, with Student's intervals over the seeds."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    shown = (("name", 100, "names answered, %"), ("name_top1", 100, "drawings named, %"), ("frechet", 1, "Frechet"))
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    shown = (
+        ("name", 100, "names answered, %"),
+        ("name_loss", 1, "nats per name"),
+        ("name_top1", 100, "drawings named, %"),
+        ("frechet", 1, "Frechet"),
+    )
     for axes, (key, factor, label) in zip(figure.subplots(1, len(shown)), shown, strict=True):
         means, halves = zip(*(interval([own[key] for own in runs]) for runs in figures.values()), strict=True)
         axes.bar(list(figures), [factor * mean for mean in means], yerr=[factor * half for half in halves], capsize=4)
@@ -54,26 +61,28 @@ def report(figures: dict[str, list[dict[str, float]]], picture: str, study_name:
     """The body of the page."""
     lines = []
     for system, runs in figures.items():
-        cells = [cell([own[key] for own in runs], key != "frechet") for key in COLUMNS]
+        cells = [cell(runs, key) for key in COLUMNS]
         loss = f"{interval([own['image_loss'] for own in runs])[0]:.3f}, {TARGETS[system]}"
         lines.append([SYSTEMS[system], *cells, loss, *PAPER[system]])
     head = ["system", *COLUMNS.values(), "last image loss, of", "paper: AVE@18", "paper: FID-30K"]
     answered = {system: interval([own["name"] for own in runs])[0] for system, runs in figures.items()}
+    nats = {system: interval([own["name_loss"] for own in runs])[0] for system, runs in figures.items()}
     distances = {system: interval([own["frechet"] for own in runs])[0] for system, runs in figures.items()}
     understood = {system: paper[0] for system, paper in PAPER.items() if system in figures}
     drawn = {system: paper[1] for system, paper in PAPER.items() if system in figures}
     number = len(next(iter(figures.values())))
     real = interval([own["frechet_real"] for runs in figures.values() for own in runs])[0]
     return f"""
-Data: {study_name}. Mean and half of Student's 95 % interval over {number} seeds. The paper's
-columns are its own figures at 0.5B, not to be mixed with ours. Between as many real pictures the Frechet distance is
-{real:.1f}.
+Data: {study_name}. Mean and half of Student's 95 % interval over {number} seeds. Nats per name: the mean negative
+log-probability of a held-out picture's name as the answer. The paper's columns are its own figures at 0.5B, not to be
+mixed with ours. Between as many real pictures the Frechet distance is {real:.1f}.
 
 {table(head, lines)}
 
 Order, ours and the paper's:
 
-* understanding: {order(answered, False)}; paper: {order(understood, False)}
+* understanding, by names answered: {order(answered, False)}; paper: {order(understood, False)}
+* understanding, by nats per name: {order(nats, True)}; paper: {order(understood, False)}
 * generation, by Frechet distance: {order(distances, True)}; paper: {order(drawn, True)}
 
 ![]({picture})

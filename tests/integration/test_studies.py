@@ -85,6 +85,26 @@ def page(tmp_path, name):
     return text
 
 
+@torch.no_grad()
+def name_log_probability(pipe, row):
+    """Of a row's name, token by token, without batches."""
+    (picture,) = pipe.processor.image_processor.fetch_images([row["image"]])
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": row["questions"][1]}]
+    inputs = pipe.processor.apply_chat_template(
+        [[{"role": "user", "content": content}]],
+        tokenize=True,
+        return_dict=True,
+        add_generation_prompt=True,
+        return_tensors="pt",
+    )
+    total = 0.0
+    for token in pipe.processor.tokenizer(row["answers"][1])["input_ids"]:
+        logits = pipe.model(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"]).logits[0, -1]
+        total += logits.double().log_softmax(-1)[token].item()
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([[token]])], 1)
+    return total
+
+
 def test_systems_train_as_many_weights():
     base = MMARConfig.from_pretrained(CONFIG)
     kl = base.vae_config
@@ -139,7 +159,7 @@ def test_table3_of_all_systems_and_what_goes_on_from_it(parts, tmp_path, monkeyp
     assert in_process.count("train") == 8 and in_process.count("init_tiny") == 8
     text = page(tmp_path, "table3_emoji")
     assert all(name in text for name in SYSTEMS.values()) and "25.0 ± 0.0 %" in text
-    assert text.count("; paper: mmar > epsilon > vq > transfusion") == 2
+    assert text.count("; paper: mmar > epsilon > vq > transfusion") == 3
     assert "generation, by Frechet distance: transfusion > mmar > epsilon > vq;" in text
     command = next(line for line in text.splitlines() if line.startswith("    python -m mmar.ablations.table3 "))
     assert "--systems mmar epsilon vq transfusion" in command and f"--vq {parts / 'vq'}" in command
@@ -262,7 +282,10 @@ def test_a_part_that_fails_is_told():
 def test_intervals():
     # Student's t with 2 degrees of freedom: 4.303 * 1 / sqrt(3).
     assert interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(2.4844, abs=1e-3))
-    assert cell([0.5, 0.5]) == "50.0 ± 0.0 %" and cell([0.5]) == "50.0 %" and cell([7.0, 9.0], False) == "8.0 ± 12.7"
+    assert cell([{"name": 0.5}, {"name": 0.5}], "name") == "50.0 ± 0.0 %"
+    assert cell([{"name": 0.5, "frechet": 2.0}], "name") == "50.0 %"
+    assert cell([{"frechet": 7.0}, {"frechet": 9.0}], "frechet") == "8.0 ± 12.7"
+    assert cell([{"name_loss": 5.678}], "name_loss") == "5.68"
 
 
 def test_pictures_of_a_trial_are_the_pipelines(parts, tmp_path, in_process):
@@ -278,6 +301,9 @@ def test_pictures_of_a_trial_are_the_pipelines(parts, tmp_path, in_process):
     lines = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
     prompts = [f"an emoji of {line['label']} in flat style" for line in lines]
     generators = [torch.Generator().manual_seed(3000 + index) for index in range(len(lines))]
+    rows = study.read_rows(parts / "squares.parquet")
+    nats = [-name_log_probability(pipe, row) for row in rows]
+    assert figures["name_loss"] == pytest.approx(sum(nats) / len(nats), rel=1e-2)
     images = pipe(prompts, generator=generators, num_inference_steps=2).images
     for image, line in zip(images, lines, strict=True):
         assert image.tobytes() == Image.open(folder / line["file"]).tobytes()
