@@ -11,6 +11,7 @@ float32; board, network and margin are ours, since it gives none.
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -46,7 +47,8 @@ NUM_CLASSES = 4
 MARGIN = FIELD / 2
 CONDITION_SIZE, WIDTH, NUM_BLOCKS, NUM_TIMESTEPS = 16, 128, 3, 1000
 BATCH_SIZE, LEARNING_RATE, EMA_DECAY = 2048, 1.0e-3, 0.999
-SAMPLE_BATCH = 20_000
+# Points whose activations stay in a core's cache: three times as fast as 20,000.
+SAMPLE_BATCH = 1000
 SYSTEMS = (("v_prediction", "bfloat16"), ("epsilon", "bfloat16"), ("epsilon", "float32"), ("v_prediction", "float32"))
 # Fig. 11 and its text.
 PAPER = {
@@ -152,21 +154,24 @@ def train(network: nn.ModuleDict, prediction_type: str, dtype: torch.dtype, num_
 def sample(
     network: nn.ModuleDict, scheduler: DDPMScheduler, num_inference_steps: int, num_samples: int, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of points `(M, 2)` and their labels, by a network in its dtype and a sampler in float32 (Sec. 3.3.4)."""
+    """
+    Batches of points `(M, 2)` and their labels, of each class as many, by a network in its dtype and a sampler in
+    float32 (Sec. 3.3.4).
+    """
     scheduler.set_timesteps(num_inference_steps)
     steps, head = LinearSteps.read_off(scheduler, num_inference_steps), network["head"]
-    generator = torch.Generator().manual_seed(seed)
+    generator, z = torch.Generator().manual_seed(seed), network["classes"].weight
     with packed_linears(head, SAMPLE_BATCH):
         for start in range(0, num_samples, SAMPLE_BATCH):
             number = min(SAMPLE_BATCH, num_samples - start)
-            labels = torch.randint(0, NUM_CLASSES, (number,), generator=generator)
-            z, points = network["classes"](labels), torch.randn(number, 2, generator=generator)
+            # (m, classes, 2): the conditions are worked out once per class, not once per point.
+            points = torch.randn(math.ceil(number / NUM_CLASSES), NUM_CLASSES, 2, generator=generator)
             for index, timestep in enumerate(scheduler.timesteps):
-                prediction = head(points, timestep.expand(number), z)
+                prediction = head(points, timestep[None], z)
                 points = steps.keep[index] * points + steps.take[index] * prediction
                 if steps.noise_std[index]:
-                    points += steps.noise_std[index] * torch.randn(number, 2, generator=generator)
-            yield points, labels
+                    points += steps.noise_std[index] * torch.randn(points.shape, generator=generator)
+            yield points.flatten(0, 1)[:number], torch.arange(NUM_CLASSES).repeat(len(points))[:number]
 
 
 def run(
