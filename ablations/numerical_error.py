@@ -164,7 +164,8 @@ def plot(curves: Curves, losses: dict[str, Tensor], file: Path) -> None:
     middles = [(index + 0.5) * NUM_TIMESTEPS / NUM_BINS for index in range(NUM_BINS)]
     for prediction_type, own in losses.items():
         right.plot(middles, own.tolist(), "o-", label=f"{prediction_type}: error of v")
-    right.plot(middles, (losses["epsilon"] - losses["v_prediction"]).clamp(min=1e-6).tolist(), "x-", label="gap")
+    gap = losses["epsilon"] - losses["v_prediction"]
+    right.plot(middles, gap.where(gap > 0, math.nan).tolist(), "x-", label="gap, where above 0")
     right.plot(timesteps, curves.bound_epsilon.tolist(), "--", label="1 / (128² alpha-bar)")
     left.set(yscale="log", xlabel="timestep", ylabel="squared error per unit of DDIM step", title="bfloat16 alone")
     right.set(yscale="log", xlabel="timestep", ylabel="squared error", title="trained in bfloat16")
