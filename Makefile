@@ -146,15 +146,20 @@ evaluate-tiny: $(VENV)/.done | $(TINY_TEST)
 # The paper's experiments in small, into docs/results. Hours on two cores; trials that are done are kept, and the one
 # that was stopped goes on.
 ABLATIONS := runs/ablations
+# Of training: five minutes of one core here. Without --num_steps it is the 4,000 of ablations/recipes/small.yaml.
+EMOJI_STEPS ?= 1500
+FASHION_STEPS ?= 1000
 FASHION ?= ../shared/data/fashion-mnist
 LITE := checkpoints/emoji-lite
 ON_EMOJI = --config ablations/configs/emoji --data $(LITE)/train.parquet --test $(LITE)/test.parquet \
-	--vae $(ABLATIONS)/emoji/vae --vq $(ABLATIONS)/emoji/vq --judge $(JUDGE) --work $(ABLATIONS)/emoji --out docs/results
+	--vae $(ABLATIONS)/emoji/vae --vq $(ABLATIONS)/emoji/vq --judge $(JUDGE) --work $(ABLATIONS)/emoji --out docs/results \
+	--num_steps $(EMOJI_STEPS)
 FASHION_JUDGE = -m mmar.ablations.fashion score --judge $(ABLATIONS)/fashion/judge.safetensors \
 	--reference $(ABLATIONS)/fashion/test.parquet
 ON_FASHION = --config ablations/configs/fashion --data $(ABLATIONS)/fashion/train.parquet \
 	--test $(ABLATIONS)/fashion/test_small.parquet --vae $(ABLATIONS)/fashion/vae --vq $(ABLATIONS)/fashion/vq \
-	--judge "$(FASHION_JUDGE)" --work $(ABLATIONS)/fashion --out docs/results --num_copies 0
+	--judge "$(FASHION_JUDGE)" --work $(ABLATIONS)/fashion --out docs/results --num_copies 0 \
+	--num_steps $(FASHION_STEPS)
 
 $(ABLATIONS)/emoji/vae/diffusion_pytorch_model.safetensors: | $(VENV)/.done
 	$(BIN)/python -c "from mmar import MMARForConditionalGeneration as M; \
@@ -177,8 +182,8 @@ ablations: | $(ABLATIONS)/emoji/vq/report.json $(ABLATIONS)/fashion/vq/report.js
 	$(BIN)/python -m mmar.ablations.noise_levels $(ON_EMOJI)
 	$(BIN)/python -m mmar.ablations.table3 $(ON_FASHION)
 	$(BIN)/python -m mmar.ablations.noise_levels $(ON_FASHION)
-	$(BIN)/python -m mmar.ablations.scaling $(ON_EMOJI)
-	$(BIN)/python -m mmar.ablations.stage2 $(ON_EMOJI)
+	$(BIN)/python -m mmar.ablations.scaling $(ON_FASHION)
+	$(BIN)/python -m mmar.ablations.stage2 $(ON_FASHION)
 	$(BIN)/python -m mmar.ablations.cfg_sweep checkpoints/mmar-tiny --data $(LITE)/test.parquet --judge $(JUDGE) \
 		--work $(ABLATIONS)/cfg --out docs/results
 	$(BIN)/python -m mmar.ablations.chessboard --work $(ABLATIONS)/chessboard --out docs/results

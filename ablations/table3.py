@@ -11,6 +11,7 @@ where it was.
 """
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -34,8 +35,12 @@ COLUMNS = {
 
 
 def order(means: dict[str, float], is_less_better: bool) -> str:
-    """The systems from the best on."""
-    return " > ".join(sorted(means, key=means.get, reverse=not is_less_better))
+    """The systems from the best on; those that are as good joined by "="."""
+    best_first = sorted(means, key=means.get, reverse=not is_less_better)
+    text = best_first[0]
+    for before, system in itertools.pairwise(best_first):
+        text += f" {'=' if means[before] == means[system] else '>'} {system}"
+    return text
 
 
 def plot(figures: dict[str, list[dict[str, float]]], file: Path) -> None:
@@ -65,9 +70,10 @@ def report(figures: dict[str, list[dict[str, float]]], picture: str, study_name:
         loss = f"{interval([own['image_loss'] for own in runs])[0]:.3f}, {TARGETS[system]}"
         lines.append([SYSTEMS[system], *cells, loss, *PAPER[system]])
     head = ["system", *COLUMNS.values(), "last image loss, of", "paper: AVE@18", "paper: FID-30K"]
-    answered = {system: interval([own["name"] for own in runs])[0] for system, runs in figures.items()}
-    nats = {system: interval([own["name_loss"] for own in runs])[0] for system, runs in figures.items()}
-    distances = {system: interval([own["frechet"] for own in runs])[0] for system, runs in figures.items()}
+    means = {
+        key: {system: interval([own[key] for own in runs])[0] for system, runs in figures.items()}
+        for key in ("name", "name_loss", "style", "frechet")
+    }
     understood = {system: paper[0] for system, paper in PAPER.items() if system in figures}
     drawn = {system: paper[1] for system, paper in PAPER.items() if system in figures}
     number = len(next(iter(figures.values())))
@@ -81,9 +87,12 @@ mixed with ours. Between as many real pictures the Frechet distance is {real:.1f
 
 Order, ours and the paper's:
 
-* understanding, by names answered: {order(answered, False)}; paper: {order(understood, False)}
-* understanding, by nats per name: {order(nats, True)}; paper: {order(understood, False)}
-* generation, by Frechet distance: {order(distances, True)}; paper: {order(drawn, True)}
+* understanding, paper: {order(understood, False)}
+  * by names answered: {order(means["name"], False)}
+  * by nats per name: {order(means["name_loss"], True)}
+  * by styles answered: {order(means["style"], False)}
+* generation, paper: {order(drawn, True)}
+  * by Frechet distance: {order(means["frechet"], True)}
 
 ![]({picture})
 """

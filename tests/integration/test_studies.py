@@ -159,8 +159,8 @@ def test_table3_of_all_systems_and_what_goes_on_from_it(parts, tmp_path, monkeyp
     assert in_process.count("train") == 8 and in_process.count("init_tiny") == 8
     text = page(tmp_path, "table3_emoji")
     assert all(name in text for name in SYSTEMS.values()) and "25.0 ± 0.0 %" in text
-    assert text.count("; paper: mmar > epsilon > vq > transfusion") == 3
-    assert "generation, by Frechet distance: transfusion > mmar > epsilon > vq;" in text
+    assert text.count("paper: mmar > epsilon > vq > transfusion") == 2
+    assert "by Frechet distance: transfusion > mmar > epsilon > vq\n" in text
     command = next(line for line in text.splitlines() if line.startswith("    python -m mmar.ablations.table3 "))
     assert "--systems mmar epsilon vq transfusion" in command and f"--vq {parts / 'vq'}" in command
     # Each of its own kind, from weights of its own.
@@ -277,6 +277,11 @@ def test_what_is_missing_is_told(parts, tmp_path, monkeypatch, in_process):
 def test_a_part_that_fails_is_told():
     with pytest.raises(ValueError, match="expected mmar.training.latents to do its work; it ended with 2"):
         study._call("mmar.training.latents", "--unknown")
+
+
+def test_order_of_systems():
+    assert table3.order({"mmar": 0.2, "vq": 0.3, "epsilon": 0.2}, False) == "vq > mmar = epsilon"
+    assert table3.order({"mmar": 0.2, "vq": 0.3, "epsilon": 0.1}, True) == "epsilon > mmar > vq"
 
 
 def test_intervals():
