@@ -295,16 +295,17 @@ class MMARPipeline(DiffusionPipeline):
         )
         config = self.model.config
         defaults, chosen = config.image_generation, self.model.image_preset(preset)
-        self._guidance_scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
+        guidance_scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
         num_to_draw = config.num_latents if latent_mask is None else int(latent_mask.sum(-1).min())
-        self._num_timesteps = self.model.num_rounds(chosen, num_to_draw) if num_ar_steps is None else num_ar_steps
-        self._interrupt = False
+        num_ar_steps = self.model.num_rounds(chosen, num_to_draw) if num_ar_steps is None else num_ar_steps
+        # For the caller to read: another thread may draw with this pipeline, by settings of its own.
+        self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, num_ar_steps, False
 
         # 2. Prompts to tokens, each once per picture.
         prompts = prompt if isinstance(prompt, list) else [prompt]
         negative_prompts = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt] * len(prompts)
         inputs = self.processor.generation_inputs(
-            prompts, [text or "" for text in negative_prompts] if self.do_classifier_free_guidance else None
+            prompts, [text or "" for text in negative_prompts] if guidance_scale > 1 else None
         )
         device = self._execution_device
         inputs = {
@@ -315,7 +316,7 @@ class MMARPipeline(DiffusionPipeline):
         if hasattr(self.model, "_hf_hook"):
             # Offloading waits for `forward`, which drawing does not go through.
             self.model._hf_hook.pre_forward(self.model)
-        with self.progress_bar(total=self._num_timesteps) as progress_bar:
+        with self.progress_bar(total=num_ar_steps) as progress_bar:
 
             def on_step_end(step: int, num_steps: int, partial: Tensor, mask: Tensor) -> dict[str, Any] | None:
                 # Of a model that draws in one round, the diffusion steps.
@@ -332,11 +333,11 @@ class MMARPipeline(DiffusionPipeline):
 
             drawn = self.model.generate_images(
                 **inputs,
-                guidance_scale=self._guidance_scale,
+                guidance_scale=guidance_scale,
                 guidance_schedule=guidance_schedule,
                 guidance_interval=guidance_interval,
                 preset=preset,
-                num_ar_steps=self._num_timesteps,
+                num_ar_steps=num_ar_steps,
                 num_inference_steps=num_inference_steps,
                 order=order,
                 scheduler=self.scheduler if preset is None else None,

@@ -104,6 +104,21 @@ def test_num_images_per_prompt_and_generators(pipe):
     assert (batch[0] - batch[1]).abs().max() > 0.1
 
 
+def test_another_thread_draws_by_settings_of_its_own(pipe, monkeypatch):
+    """Here within the call, between its checks and its drawing."""
+    settings = {"guidance_scale": 3.0, "num_ar_steps": 4, "num_inference_steps": 3}
+    expected = latents(pipe, PROMPT, generator=seeded(), **settings)
+    read = pipe.processor.generation_inputs
+
+    def read_late(*args):
+        monkeypatch.undo()
+        latents(pipe, OTHER, guidance_scale=1.0, num_ar_steps=2, num_inference_steps=3)
+        return read(*args)
+
+    monkeypatch.setattr(pipe.processor, "generation_inputs", read_late)
+    assert torch.equal(latents(pipe, PROMPT, generator=seeded(), **settings), expected)
+
+
 def test_a_generator_draws_different_pictures(pipe):
     first, second = latents(pipe, PROMPT, num_images_per_prompt=2, generator=seeded())
     assert (first - second).abs().max() > 0.1
