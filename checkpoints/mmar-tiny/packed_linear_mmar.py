@@ -7,8 +7,10 @@ that they are put in order once. benchmarks/generation.py measures it.
 """
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from functools import cache
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +54,32 @@ class PackedLinear:
         return output.view(*inputs.shape[:-1], -1)
 
 
+class PackedForward(PackedLinear):
+    r"""
+    In place of a linear's `forward` while pictures are drawn: packed, but for who follows gradients. A copy of the
+    linear, and a pickled one, gets its own `forward`, whose weights may change.
+
+    Args:
+        linear (`nn.Linear`): It.
+        num_rows (`int`): Of its inputs, about.
+    """
+
+    def __init__(self, linear: nn.Linear, num_rows: int):
+        super().__init__(linear.weight, linear.bias, num_rows=num_rows)
+        self.linear = linear
+
+    def __deepcopy__(self, memo: dict) -> MethodType:
+        return MethodType(nn.Linear.forward, copy.deepcopy(self.linear, memo))
+
+    def __reduce__(self) -> tuple:
+        # Read before the linear has its state back, and with it this attribute: its class's.
+        return getattr, (self.linear, "forward")
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        # Another thread may be training the same model.
+        return nn.Linear.forward(self.linear, inputs) if torch.is_grad_enabled() else super().__call__(inputs)
+
+
 @cache
 def can_pack(dtype: torch.dtype) -> bool:
     """Whether this torch and processor have oneDNN's packed linears for a dtype, which are not public, and right."""
@@ -78,7 +106,10 @@ def pays(weight: Tensor, num_rows: int) -> bool:
 
 @contextlib.contextmanager
 def packed_linears(module: nn.Module, num_rows: int) -> Iterator[None]:
-    """Within, a module's linears run packed where that pays; those with hooks of accelerate stay as they are."""
+    """
+    Within, a module's linears run packed where that pays and no gradients are wanted; those with hooks of accelerate
+    stay as they are.
+    """
     packed = []
     try:
         for linear in module.modules():
@@ -86,7 +117,7 @@ def packed_linears(module: nn.Module, num_rows: int) -> Iterator[None]:
             if not is_plain or "forward" in vars(linear) or type(linear.weight) is not nn.Parameter:
                 continue
             if pays(linear.weight, num_rows) and not torch.is_autocast_enabled("cpu"):
-                linear.forward = PackedLinear(linear.weight, linear.bias, num_rows=num_rows)
+                linear.forward = PackedForward(linear, num_rows)
                 packed.append(linear)
         yield
     finally:

@@ -1,11 +1,12 @@
 """Linears with packed weights, against torch's."""
 
 import copy
+import io
 import platform
 
 import pytest
 import torch
-from helpers import random_text, seeded, tiny_model
+from helpers import image_marks, random_latents, random_mask, random_text, seeded, tiny_model
 from torch import nn
 from torch.nn import functional as F
 
@@ -99,6 +100,40 @@ def test_drawing_leaves_the_linears_as_they_were():
     model = tiny_model()
     model.generate_images(random_text(1, 4), guidance_scale=1, num_ar_steps=2, num_inference_steps=2)
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_who_trains_beside_a_picture_gets_gradients_and_copies_of_their_own():
+    """As another thread does, or a callback."""
+    model = tiny_model()
+    # Head and latent encoder both take part in the image loss.
+    inputs = {
+        "input_ids": torch.cat([random_text(1, 4), image_marks(model, 1)], 1),
+        "latents": random_latents(model, 1),
+        "latent_mask": random_mask(model, 1),
+    }
+    copies = []
+
+    def callback(*_):
+        if copies:
+            return
+        with torch.enable_grad():
+            model(**inputs, generator=seeded(1)).image_loss.backward()
+        pickled = io.BytesIO()
+        torch.save(model, pickled)
+        pickled.seek(0)
+        copies.extend([copy.deepcopy(model), torch.load(pickled, weights_only=False)])
+
+    expected = model(**inputs, generator=seeded(1)).image_loss
+    drawing = {"guidance_scale": 1, "num_ar_steps": 2, "num_inference_steps": 2}
+    model.generate_images(random_text(1, 4), **drawing, callback=callback)
+    trained = [*model.diffusion_mlp.named_parameters(), *model.model.latent_encoder.named_parameters()]
+    assert not [name for name, parameter in trained if parameter.grad is None]
+    for own in copies:
+        with torch.no_grad():
+            torch.testing.assert_close(own(**inputs, generator=seeded(1)).image_loss, expected)
+            for linear in (own.diffusion_mlp.input_projection, own.model.latent_encoder.vis_projector.layers[0]):
+                linear.weight.zero_()
+                assert torch.equal(linear(torch.ones(1, linear.in_features))[0], linear.bias)
 
 
 def test_small_products_are_left_as_they_are(monkeypatch):
