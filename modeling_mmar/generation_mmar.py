@@ -500,6 +500,12 @@ class MMARImageGenerationMixin:
                     f"the scheduler must have `{name}` {value!r}, as the model was trained; got "
                     f"{scheduler.config.get(name)!r}. Make it with `from_config(pipe.scheduler.config)`."
                 )
+        variance_type = scheduler.config.get("variance_type") if "variance_type" in taken else None
+        if str(variance_type).startswith("learned"):
+            raise ValueError(
+                "the scheduler must have a fixed `variance_type`, since the model predicts no variance; got "
+                f"{variance_type!r}. Make it with `from_config(pipe.scheduler.config, variance_type='fixed_small')`."
+            )
         alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
         if alphas_cumprod is not None:
             trained = cosine_alphas_cumprod(diffusion.num_train_timesteps)

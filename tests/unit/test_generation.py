@@ -813,6 +813,10 @@ def test_known_nan_latents_raise(model):
             {"scheduler": scheduler_like(DPMSolverMultistepScheduler, use_flow_sigmas=True)},
             "`use_flow_sigmas` False",
         ),
+        (
+            {"scheduler": scheduler_like(DDPMScheduler, variance_type="learned_range")},
+            "fixed `variance_type`.*got 'learned_range'",
+        ),
         ({"scheduler": scheduler_like(EDMEulerScheduler)}, "EDMEulerScheduler does not"),
         ({"scheduler": scheduler_like(DDIMInverseScheduler)}, "DDIMInverseScheduler does not"),
         ({"scheduler": DDIMScheduler}, "`scheduler` must be a diffusers scheduler"),
