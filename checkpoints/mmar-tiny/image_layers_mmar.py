@@ -22,8 +22,9 @@ from .packed_linear_mmar import PackedLinear
 from .plora_mmar import MMARQwen2DecoderLayer, MMARQwen2Model, PLoRALinear
 
 
-# A change of weights that leaves no trace in a tensor's version is looked for in so many of its elements.
-NUM_PROBED_ELEMENTS = 64
+# A change of weights that leaves no trace in a tensor's version is looked for in so many of its elements: a prime, or
+# they would often be whole rows apart, all in one column.
+NUM_PROBED_ELEMENTS = 67
 # Memory that must be free on a CUDA device, by what the merged weights take: they are summed in float32, and a picture
 # needs some too.
 ROOM = 1.25

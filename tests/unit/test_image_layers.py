@@ -81,6 +81,7 @@ def test_merged_weights_are_the_sum(model):
 CHANGES = {
     "an optimizer's step": lambda linear: linear.image_B.add_(0.1),
     "a write to .data": lambda linear: linear.image_A.data.mul_(1.5),
+    "a write to .data of all columns but the first": lambda linear: linear.image_B.data[:, 1:].mul_(1.5),
     "another tensor": lambda linear: setattr(linear, "weight", torch.nn.Parameter(linear.weight * 2)),
     "another dtype": lambda linear: linear.to(torch.bfloat16),
     "another factor": lambda linear: setattr(linear, "image_scaling", 0.0),
