@@ -87,9 +87,10 @@ def seconds(run: Callable[[], object], device: torch.device, num_runs: int = NUM
     return statistics.median(times)
 
 
-def prompts(batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Captions, then null prompts, of one length."""
-    ids = torch.randint(0, NUM_TEXT_IDS, (BRANCHES * batch, NUM_TEXT), device=device)
+def prompts(model: MMARForConditionalGeneration, batch: int) -> tuple[Tensor, Tensor]:
+    """Captions, then null prompts, of one length and without the image token."""
+    ids = torch.randint(0, NUM_TEXT_IDS, (BRANCHES * batch, NUM_TEXT), device=model.device)
+    ids += ids >= model.config.image_token_id
     return ids, torch.ones_like(ids)
 
 
@@ -102,7 +103,7 @@ def num_weights(*modules: nn.Module) -> int:
 def language_model_stage(model: MMARForConditionalGeneration, batch: int, is_plain: bool) -> Stage:
     """One round's pass over the image tokens of both branches."""
     language_model, num_latents, device = model.model.language_model, model.config.num_latents, model.device
-    context = (PlainContext if is_plain else MergedContext)(language_model, *prompts(batch, device), num_latents)
+    context = (PlainContext if is_plain else MergedContext)(language_model, *prompts(model, batch), num_latents)
     embeds = torch.randn(BRANCHES * batch, num_latents, model.config.text_config.hidden_size, device=device)
     embeds, positions = embeds.to(model.dtype), torch.zeros(BRANCHES * batch, 1, dtype=torch.long, device=device)
     number, size = num_weights(language_model.layers), language_model.embed_tokens.weight.element_size()
@@ -192,7 +193,7 @@ def kernels_and_syncs(run: Callable[[], object], num_steps: int) -> tuple[float,
 
 
 def draw(model: MMARForConditionalGeneration, batch: int, **settings) -> Callable[[], Tensor]:
-    ids, mask = prompts(batch, model.device)
+    ids, mask = prompts(model, batch)
     return lambda: model.generate_images(
         ids[:batch],
         attention_mask=mask[:batch],

@@ -142,6 +142,14 @@ def test_the_gpus_benchmark_runs(model):
     assert without[0].endswith(" |  |") and "floor is left out" in gpu.report(without, "x", torch.float32, None)
 
 
+def test_prompts_leave_the_image_token_out():
+    """As mmar-tiny's, whose number is among those that are drawn."""
+    model = gpu.random_model(tiny_config(image_token_id=3), torch.device("cpu"), torch.float32)
+    ids, mask = gpu.prompts(model, 16)
+    assert ids.shape == mask.shape == (32, gpu.NUM_TEXT) and bool(mask.all())
+    assert set(ids.unique().tolist()) == set(range(gpu.NUM_TEXT_IDS + 1)) - {3}
+
+
 @torch.no_grad()
 def test_floors_by_hand(model):
     """Weights are read once, the head's own once a step; a multiply-add is two operations."""
