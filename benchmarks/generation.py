@@ -350,6 +350,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.num_runs < 1:
         parser.error(f"--num_runs must be at least 1; got {arguments.num_runs}")
+    if arguments.out is not None:
+        # Before minutes are spent.
+        arguments.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     rows = []
     print(HEAD)
@@ -359,7 +362,6 @@ def main() -> None:
             print(rows[-1], flush=True)
     page = report(rows, arguments.num_runs)
     if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / f"{date.today().isoformat()}_generation.md").write_text(page, encoding="utf-8")
 
 

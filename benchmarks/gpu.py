@@ -283,19 +283,27 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="a CPU only serves to try the command on small configs")
     parser.add_argument("--out", type=Path, help="folder to write the page to, as <date>_gpu.md")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("expected a GPU; torch sees none. Run this where there is one.")
+    try:
+        device = torch.empty(0, device=arguments.device).device
+    # AssertionError: torch was built without it.
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device must be one that torch has here; got {arguments.device!r} ({error}).") from error
     if min(arguments.batches) < 1:
         parser.error(f"--batches must be at least 1; got {min(arguments.batches)}")
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
     card = CARDS.get(device_name)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    # What cannot be read or written ends the command before it has measured for minutes.
+    configs = {name: load_preset(name) for name in arguments.presets}
+    if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
     lines = []
     print(HEAD)
     with torch.no_grad():
-        for name in arguments.presets:
-            model = random_model(load_preset(name), device, dtype)
+        for name, config in configs.items():
+            model = random_model(config, device, dtype)
             for line in measure(model, Path(name).name, arguments.batches, card):
                 lines.append(line)
                 print(line, flush=True)
@@ -305,7 +313,6 @@ def main() -> None:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats(device)
     if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
         page = report(lines, device_name, dtype, card)
         (arguments.out / f"{date.today().isoformat()}_gpu.md").write_text(page, encoding="utf-8")
 

@@ -204,6 +204,8 @@ def main() -> None:
         if not 1 <= args.num_rows <= len(rows):
             parser.error(f"--num_rows must be between 1 and {len(rows)}, the rows of {args.data.name}")
         rows = [rows[i * len(rows) // args.num_rows] for i in range(args.num_rows)]
+    # Before hours are spent.
+    args.out.mkdir(parents=True, exist_ok=True)
     pipe = MMARPipeline.from_pretrained(args.model)
     if torch.accelerator.is_available():
         pipe.to(torch.accelerator.current_accelerator())
@@ -224,7 +226,6 @@ def main() -> None:
                 judged.append(run(pipe, rows, args.judge, folder, seed, arguments))
             groups[group][name] = over_seeds(judged)
             print(row(name, groups[group][name]), flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
     today = date.today().isoformat()
     plot(groups, args.out / f"{today}_quality.svg")
     command = f"python -m mmar.benchmarks.quality {args.model} --data {args.data} --judge {args.judge.name} "

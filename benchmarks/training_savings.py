@@ -481,6 +481,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.num_runs < 1:
         raise ValueError(f"`num_runs` must be at least 1; got {arguments.num_runs}.")
+    if arguments.out is not None:
+        # Before minutes are spent.
+        arguments.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     config = load_preset("mmar-0.5b")
@@ -500,7 +503,6 @@ def main() -> None:
     page = report(results, picture_times(config, arguments.num_runs), arguments.num_runs)
     print(page)
     if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / f"{date.today().isoformat()}_training_savings.md").write_text(page, encoding="utf-8")
 
 

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 COMMANDS = sorted(
     path
-    for folder in ("conversion", "evaluation", "training")
+    for folder in ("benchmarks", "conversion", "evaluation", "training")
     for path in (ROOT / folder).rglob("*.py")
     if "__main__" in path.read_text(encoding="utf-8")
 )
@@ -37,6 +37,13 @@ def test_every_command_is_run_so(path: Path):
 @pytest.mark.parametrize(
     ("module", "arguments", "message"),
     [
+        ("benchmarks.generation", ["--out", "LICENSE"], "error: [Errno 17] File exists: 'LICENSE'"),
+        ("benchmarks.gpu", ["--device", "gpu"], "error: --device must be one that torch has here; got 'gpu'"),
+        (
+            "benchmarks.gpu",
+            ["--device", "cpu", "--presets", "mmar-tiny", "nope"],
+            "error: `preset` must be one of",
+        ),
         (
             "conversion.convert_kl16",
             ["no.ckpt", "out"],
