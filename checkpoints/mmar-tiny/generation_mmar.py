@@ -384,7 +384,7 @@ class MMARImageGenerationMixin:
                 "expected `latents` and `latent_mask` together; pass both to keep known tokens, or neither."
             )
         if latents is None:
-            tokens = torch.zeros(batch, num_latents, channels, device=device)
+            tokens = torch.zeros(batch, num_latents, channels, device=device, dtype=torch.float32)
             return tokens, torch.ones(batch, num_latents, dtype=torch.bool, device=device)
         for name, value in (("latents", latents), ("latent_mask", latent_mask)):
             if not isinstance(value, Tensor):

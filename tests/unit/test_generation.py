@@ -657,6 +657,16 @@ def test_bfloat16_draws_close_to_float32(model):
     assert (output - reference).abs().mean() < 0.1 * reference.std()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_torchs_default_dtype_does_not_matter(model, dtype):
+    expected = draw(model, generator=seeded(0))
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(draw(model, generator=seeded(0)), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_drawing_leaves_the_model_as_it_was(model):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     ids = random_text(2, 6)
