@@ -985,9 +985,15 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         `generate_images`).
 
         Raises:
-            ValueError: For another `generation_mode`, or if prompt and answer need more positions than the model has.
+            ValueError: For another `generation_mode`, several pictures of a row, or a prompt with pictures that is to
+                be read in chunks; or if prompt and answer need more positions than the model has.
         """
         if generation_mode == "image":
+            if (number := kwargs.get("num_return_sequences")) not in (None, 1):
+                raise ValueError(
+                    f"`num_return_sequences` must be 1 for pictures; got {number}. Repeat the rows of `input_ids`, or "
+                    "draw with `MMARPipeline`, which takes `num_images_per_prompt`."
+                )
             # transformers' "any-to-any" passes lengths and token ids for text even here.
             for_text = vars(GenerationConfig()).keys() - inspect.signature(self.generate_images).parameters
             kwargs = {name: value for name, value in kwargs.items() if name not in for_text}
@@ -1006,7 +1012,7 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         given = {name: kwargs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask")}
         given |= {"input_ids": args[0]} if args else {}
         _check_tensors(given, self.config.text_config.vocab_size)
-        self._check_room(*args, **kwargs)
+        self._check_prompt_and_answer(*args, **kwargs)
         return super().generate(*args, **kwargs)
 
     def _prepare_generation_config(
@@ -1018,14 +1024,23 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         generation_config.suppress_tokens = sorted({*suppressed, self.config.image_token_id})
         return generation_config, model_kwargs
 
-    def _check_room(
+    def _check_prompt_and_answer(
         self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, *args, **kwargs
     ) -> None:
-        """Raises a `ValueError` if prompt and answer need more positions than the language model has."""
+        """
+        Raises a `ValueError` if prompt and answer need more positions than the language model has, or chunks of the
+        prompt would cut its pictures.
+        """
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.shape[1] == 0:
             return
         settings, _ = self._prepare_generation_config(generation_config, **kwargs)
+        is_image = input_ids == self.config.image_token_id
+        if settings.prefill_chunk_size is not None and bool(is_image.any()):
+            raise ValueError(
+                "a prompt with pictures is read as a whole, since all tokens of a picture see each other; got "
+                f"`prefill_chunk_size` {settings.prefill_chunk_size}. Leave it out."
+            )
         num_new = settings.max_new_tokens
         if num_new is None:
             given = (kwargs.get("max_length"), getattr(generation_config, "max_length", None))
@@ -1035,7 +1050,6 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         attention_mask = kwargs.get("attention_mask")
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             attention_mask = None
-        is_image = input_ids == self.config.image_token_id
         longest = int(shared_position_ids(is_image, self.config.num_latents, attention_mask).max()) + 1
         limit = self.config.text_config.max_position_embeddings
         if longest + max(num_new, 0) > limit:

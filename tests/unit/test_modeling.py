@@ -556,6 +556,14 @@ def test_inputs_of_another_kind(model, arguments, message):
         ({"input_ids": random_text(1, 4), "attention_mask": torch.ones(1, 5)}, r"must have the shape \(1, 4\)"),
         ({"input_ids": random_text(1, 4), "attention_mask": [[1] * 4]}, "`attention_mask` must be a torch tensor"),
         ({"generation_mode": "image"}, "expected `input_ids`, the text before the picture; got none"),
+        (
+            {"generation_mode": "image", "input_ids": random_text(1, 4), "num_return_sequences": 2},
+            "`num_return_sequences` must be 1 for pictures; got 2. Repeat the rows",
+        ),
+        (
+            {"input_ids": torch.full((1, 16), IMAGE), "prefill_chunk_size": 4},
+            "a prompt with pictures is read as a whole.*got `prefill_chunk_size` 4",
+        ),
     ],
 )
 def test_generate_with_inputs_of_another_kind(model, arguments, message):
