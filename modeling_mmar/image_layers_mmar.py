@@ -247,11 +247,13 @@ class MergedContext(PlainContext):
         self.num_text = input_ids.shape[1]
         # Without padding there is nothing to hide, and attention is faster without a mask.
         self.mask = None if bool(attention_mask.all()) else self.visible
-        cos, sin = language_model.rotary_emb(self.cache.layers[0].keys, self.position_ids)
-        wide = torch.promote_types(self.cache.layers[0].keys.dtype, torch.float32)
+        # By the layers' own numbers: some may have been taken out, or changed places.
+        cached = [self.cache.layers[layer.self_attn.layer_idx] for layer in language_model.layers]
+        cos, sin = language_model.rotary_emb(cached[0].keys, self.position_ids)
+        wide = torch.promote_types(cached[0].keys.dtype, torch.float32)
         cos, sin = cos[:, None].to(wide), sin[:, None].to(wide)  # (rows, 1, 1, head_dim)
         self.states = []
-        for layer in self.cache.layers:
+        for layer in cached:
             keys, values = layer.keys, layer.values  # (rows, kv_heads, P, head_dim)
             # Image tokens then need no turn: scores hang on differences of positions.
             turned = (keys.to(wide) * cos - rotate_half(keys.to(wide)) * sin).to(keys.dtype)

@@ -45,6 +45,17 @@ def test_merged_context_is_the_plain_one(attn_implementation, lengths, is_packed
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("numbers", [(1, 0, 2), (0, 2)], ids=["changed places", "one taken out"])
+def test_layers_are_known_by_their_own_numbers(model, numbers):
+    language_model, mask = model.model.language_model, torch.ones(1, 7, dtype=torch.long)
+    language_model.layers = torch.nn.ModuleList(language_model.layers[number] for number in numbers)
+    num_latents = model.config.num_latents
+    contexts = [kind(language_model, random_text(1, 7), mask, num_latents) for kind in (PlainContext, MergedContext)]
+    expected, z = (context.run(embeds_of(model, 1), torch.arange(16)[None]) for context in contexts)
+    torch.testing.assert_close(z, expected, atol=ATOL, rtol=ATOL)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_other_dtypes(dtype):
     """Merged weights are rounded once more; neither way is farther from float32 than the dtype is fine."""
