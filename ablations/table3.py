@@ -13,6 +13,7 @@ where it was.
 import argparse
 import itertools
 import json
+import statistics
 from pathlib import Path
 
 from ..command import run_command
@@ -67,17 +68,17 @@ def report(figures: dict[str, list[dict[str, float]]], picture: str, study_name:
     lines = []
     for system, runs in figures.items():
         cells = [cell(runs, key) for key in COLUMNS]
-        loss = f"{interval([own['image_loss'] for own in runs])[0]:.3f}, {TARGETS[system]}"
+        loss = f"{statistics.mean(own['image_loss'] for own in runs):.3f}, {TARGETS[system]}"
         lines.append([SYSTEMS[system], *cells, loss, *PAPER[system]])
     head = ["system", *COLUMNS.values(), "last image loss, of", "paper: AVE@18", "paper: FID-30K"]
     means = {
-        key: {system: interval([own[key] for own in runs])[0] for system, runs in figures.items()}
+        key: {system: statistics.mean(own[key] for own in runs) for system, runs in figures.items()}
         for key in ("name", "name_loss", "style", "frechet")
     }
     understood = {system: paper[0] for system, paper in PAPER.items() if system in figures}
     drawn = {system: paper[1] for system, paper in PAPER.items() if system in figures}
     number = len(next(iter(figures.values())))
-    real = interval([own["frechet_real"] for runs in figures.values() for own in runs])[0]
+    real = statistics.mean(own["frechet_real"] for runs in figures.values() for own in runs)
     return f"""
 Data: {study_name}. Mean and half of Student's 95 % interval over {number} seeds. Nats per name: the mean negative
 log-probability of a held-out picture's name as the answer. The paper's columns are its own figures at 0.5B, not to be

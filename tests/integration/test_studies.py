@@ -279,6 +279,15 @@ def test_a_part_that_fails_is_told():
         study._call("mmar.training.latents", "--unknown")
 
 
+@pytest.mark.parametrize("number", [1, 10])
+def test_a_report_of_few_and_of_many_seeds(number):
+    run = {"name": 0.5, "name_loss": 1.0, "style": 0.5, "name_top1": 0.5, "style_drawn": 0.5}
+    runs = [{**run, "frechet": 9.0 + seed, "frechet_real": 3.0, "image_loss": 0.25} for seed in range(number)]
+    text = table3.report(dict.fromkeys(SYSTEMS, runs), "picture.png", "squares")
+    assert "the Frechet distance is 3.0." in text and "| 0.250, codes, in nats |" in text
+    assert ("9.0 |" in text) == (number == 1) and text.count("mmar = epsilon = vq = transfusion") == 4
+
+
 def test_order_of_systems():
     assert table3.order({"mmar": 0.2, "vq": 0.3, "epsilon": 0.2}, False) == "vq > mmar = epsilon"
     assert table3.order({"mmar": 0.2, "vq": 0.3, "epsilon": 0.1}, True) == "epsilon > mmar > vq"
