@@ -50,11 +50,14 @@ class Ratio:
 
 
 def commit() -> str:
-    """The checkout's commit, and whether there are changes on top."""
+    """The checkout's commit, and whether there are changes on top, other than of the pages of results."""
     git = ["git", "-C", str(Path(__file__).parent)]
+    code = [":(top)", ":(top,exclude)docs/results"]
     try:
         name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--", *code], capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return name.stdout.strip() + (" with changes" if changed.stdout.strip() else "")

@@ -1,10 +1,12 @@
 """The benchmark of generation compares the same computations, at a size that a test can run."""
 
+import subprocess
+
 import pytest
 import torch
 from helpers import tiny_config
 
-from mmar.benchmarks import generation, gpu
+from mmar.benchmarks import generation, gpu, timing
 from mmar.benchmarks.timing import Ratio, take_turns
 
 
@@ -164,3 +166,24 @@ def test_floors_by_hand(model):
     assert stage.multiply_adds == rows * (5 * (blocks + modulations) + condition) + 5 * (256 * 32 + 32 * 32)
     assert stage.floor((1e12, 1e9)) == 2 * stage.multiply_adds / 1e9
     assert stage.floor((1e3, 1e18)) == stage.weight_bytes / 1e3
+
+
+def test_a_page_names_the_commit_and_what_changed_since(tmp_path, monkeypatch):
+    def git(*words):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        done = subprocess.run(["git", "-C", tmp_path, *who, *words], check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setattr(timing, "__file__", str(tmp_path / "benchmarks" / "timing.py"))
+    (tmp_path / "benchmarks").mkdir()
+    assert timing.commit() == "unknown"
+    git("init")
+    git("commit", "--allow-empty", "-m", "first")
+    name = git("rev-parse", "--short", "HEAD")
+    page = tmp_path / "docs" / "results" / "page.md"
+    page.parent.mkdir(parents=True)
+    page.write_text("what a benchmark has just written")
+    assert timing.commit() == name
+    (tmp_path / "module.py").write_text("")
+    assert timing.commit() == f"{name} with changes"
