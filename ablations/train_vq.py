@@ -11,6 +11,7 @@ result is a folder of diffusers' `VQModel`.
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -184,10 +185,14 @@ def main() -> None:
         parser.error("--num_codes, --num_steps and --batch_size must be at least 1")
     if not (args.start / "config.json").is_file():
         parser.error(f"--start must be an AutoencoderKL's folder; there is no config.json in {args.start}")
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out must be a folder; {args.out} is a file")
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     vae = AutoencoderKL.from_pretrained(args.start)
     _, pictures = read_pictures(args.data, vae.config.sample_size)
+    # What is wrong with them shows before the training.
+    held_out = read_pictures(args.eval_data, vae.config.sample_size)[1] if args.eval_data else None
     vq = vq_from_kl(vae, args.num_codes)
     tokens = encoded(vq, pictures)
     if len(tokens) < args.num_codes:
@@ -202,8 +207,10 @@ def main() -> None:
     first = measure(vq, pictures)
     vq = train(vq, pictures, args.num_steps, args.batch_size, args.learning_rate, generator)
     report: dict[str, Any] = {"steps": args.num_steps, "kmeans": first, "train": measure(vq, pictures)}
-    if args.eval_data:
-        report["held_out"] = measure(vq, read_pictures(args.eval_data, vae.config.sample_size)[1])
+    if held_out is not None:
+        report["held_out"] = measure(vq, held_out)
+    if not math.isfinite(report["train"]["psnr"]):
+        raise ValueError("expected a tokenizer that trained; its error is NaN or infinite. Lower --learning_rate.")
     vq.save_pretrained(args.out)
     (args.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report))

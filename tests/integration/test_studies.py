@@ -154,6 +154,25 @@ def test_a_trained_vq_tokenizer_is_kept(parts):
     assert VQModel.from_pretrained(parts / "vq").config.num_vq_embeddings == 8
 
 
+def test_what_a_vq_tokenizer_cannot_learn_from_or_be_written_to_is_told(parts, tmp_path, monkeypatch, capsys):
+    """Before the training, which takes most of an hour at its default length."""
+    monkeypatch.setattr(train_vq, "train", lambda *arguments: pytest.fail("was trained"))
+    given = ["--data", parts / "squares.parquet", "--start", parts / "vae", "--num_codes", 8]
+    with pytest.raises(FileNotFoundError, match="none.parquet"):
+        run(train_vq, monkeypatch, *given, "--out", tmp_path / "vq", "--eval_data", tmp_path / "none.parquet")
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        run(train_vq, monkeypatch, *given, "--out", tmp_path / "file")
+    assert "--out must be a folder" in capsys.readouterr().err
+
+
+def test_a_vq_tokenizer_that_did_not_train_is_not_written(parts, tmp_path, monkeypatch):
+    given = ["--data", parts / "squares.parquet", "--start", parts / "vae", "--num_codes", 8, "--num_steps", 2]
+    with pytest.raises(ValueError, match="its error is NaN or infinite. Lower --learning_rate"):
+        run(train_vq, monkeypatch, *given, "--batch_size", 2, "--learning_rate", 1e30, "--out", tmp_path / "vq")
+    assert not (tmp_path / "vq").exists()
+
+
 def test_table3_of_all_systems_and_what_goes_on_from_it(parts, tmp_path, monkeypatch, in_process):
     run(table3, monkeypatch, *words(parts, tmp_path))
     assert in_process.count("train") == 8 and in_process.count("init_tiny") == 8
