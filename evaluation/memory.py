@@ -69,7 +69,15 @@ def peak_of(run: Callable[[], Any]) -> int:
 
 
 def meta_model(config: MMARConfig, dtype: torch.dtype) -> MMARForConditionalGeneration:
-    """A model without weights, in which all but the VAE is of `dtype`."""
+    """
+    A model without weights, in which all but the VAE is of `dtype`; raises a `ValueError` for what only builds on
+    MMAR and has another head.
+    """
+    if type(config) is not MMARConfig:
+        raise ValueError(
+            f"expected the config of an MMAR, whose steps are known here; got that of a {config.model_type!r}. Name "
+            "MMAR's own of the same size."
+        )
     with torch.device("meta"):
         return MMARForConditionalGeneration(config).to(dtype)
 

@@ -7,6 +7,8 @@ import torch
 from helpers import IMAGE, random_latents, random_text, tiny_config, tiny_model
 from transformers import DynamicCache
 
+from mmar.ablations.modeling_transfusion_mmar import MMARTransfusionConfig
+from mmar.ablations.modeling_vq_mmar import MMARVQConfig
 from mmar.evaluation.memory import (
     AllocatedMemory,
     cache_bytes,
@@ -140,3 +142,11 @@ def test_command(monkeypatch, capsys):
         "| mmar-tiny, training",
         "| mmar-tiny, training without checkpointing",
     ]
+
+
+@pytest.mark.parametrize("config_class", [MMARVQConfig, MMARTransfusionConfig])
+def test_other_systems_have_other_steps(config_class):
+    """Their memory is not that of EmbeddingViT and Diffusion MLP."""
+    for memory in (inference_memory, training_memory):
+        with pytest.raises(ValueError, match=f"expected the config of an MMAR.*of a '{config_class.model_type}'"):
+            memory(config_class())
