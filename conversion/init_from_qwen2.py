@@ -23,7 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, GenerationConfig, Qwen2Config
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, Qwen2Config
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..command import run_command
@@ -148,8 +148,10 @@ def _initial_values(model: MMARForConditionalGeneration, name: str, seed: int) -
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(zlib.crc32(f"{seed}.{owner_name}".encode()))
-            is_plora = owner_name.startswith("model.language_model.")
-            (model.model.language_model if is_plora else model)._init_weights(owner)
+            # As transformers does: by the innermost model that the module is in.
+            around = [name for name, module in model.named_modules() if isinstance(module, PreTrainedModel)]
+            around = [name for name in around if not name or owner_name.startswith(f"{name}.")]
+            model.get_submodule(max(around, key=len))._init_weights(owner)
         return owner._parameters[own_name].data
     finally:
         owner._parameters.update(kept)

@@ -22,6 +22,9 @@ from mmar.conversion.init_from_qwen2 import init_from_qwen2, load_preset
 
 QWEN2_FILES = Path(__file__).parents[3] / "shared" / "data" / "components"
 
+# The image heads of MMAR and of the systems of Table 3.
+HEADS = ("diffusion_mlp", "code_head", "noise_head")
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
@@ -60,13 +63,19 @@ def test_text_is_that_of_the_backbone_and_saving_again_changes_nothing(folders, 
     assert files_of(tmp_path / "again") == files_of(tmp_path / "out")
 
 
+def make_system(folder, system):
+    """A VQ tokenizer in `folder / "vqmodel"`, and the config of a system of Table 3 in `folder / "preset"`."""
+    vq = VQModel(**{name: VAE_CONFIG[name] for name in VAE_CONFIG if "factor" not in name}, num_vq_embeddings=16)
+    vq.save_pretrained(folder / "vqmodel")
+    vq_config = {name: value for name, value in vq.config.items() if not name.startswith("_")}
+    system_config(system, tiny_config(), vq_config, train_backbone=False).save_pretrained(folder / "preset")
+    return vq
+
+
 @pytest.mark.parametrize("system", ["epsilon", "vq", "transfusion"])
 def test_the_systems_of_table_3_start_from_a_qwen2_too(folders, tmp_path, system):
     """Their folders open by their own code, and text is the backbone's; a VQ needs a VQModel, the others none."""
-    vq = VQModel(**{name: VAE_CONFIG[name] for name in VAE_CONFIG if "factor" not in name}, num_vq_embeddings=16)
-    vq.save_pretrained(tmp_path / "vqmodel")
-    vq_config = {name: value for name, value in vq.config.items() if not name.startswith("_")}
-    system_config(system, tiny_config(), vq_config, train_backbone=False).save_pretrained(tmp_path / "preset")
+    vq = make_system(tmp_path, system)
     tokenizers = [tmp_path / "vqmodel", folders / "vae"]
     right, wrong = tokenizers if system == "vq" else tokenizers[::-1]
     with pytest.raises(ValueError, match="expected an? (AutoencoderKL|VQModel) in .*; got '(VQModel|AutoencoderKL)'"):
@@ -87,22 +96,26 @@ def test_the_systems_of_table_3_start_from_a_qwen2_too(folders, tmp_path, system
         assert torch.equal(codebook, vq.quantize.embedding.weight)
 
 
-def test_new_weights_are_drawn_as_the_model_draws_them(folders, tmp_path):
-    init(folders, tmp_path / "out", dtype="float32")
-    model = MMARForConditionalGeneration.from_pretrained(tmp_path / "out")
-    drawn = MMARForConditionalGeneration(model.config)
+@pytest.mark.parametrize("system", ["mmar", "vq", "transfusion"])
+def test_new_weights_are_drawn_as_the_model_draws_them(folders, tmp_path, system):
+    make_system(tmp_path, system)
+    tokenizer = tmp_path / "vqmodel" if system == "vq" else folders / "vae"
+    options = {"preset": str(tmp_path / "preset"), "vae": tokenizer, "dtype": "float32"}
+    init(folders, tmp_path / "out", **options)
+    model = AutoModel.from_pretrained(tmp_path / "out")
+    drawn = type(model)(model.config)
     for (name, got), expected in zip(model.named_parameters(), drawn.parameters(), strict=True):
-        if name.startswith(("model.latent_encoder", "diffusion_mlp")) or ".image_" in name:
+        if name.startswith(("model.latent_encoder", *HEADS)) or ".image_" in name:
             got, expected = got.detach(), expected.detach()
             spread = float(expected.std(correction=0))
             error = 6 / got.numel() ** 0.5  # of means and stds of two samples, six sigma
             assert abs(float(got.mean() - expected.mean())) <= error * spread, name
             assert abs(float(got.std(correction=0)) - spread) <= error * spread, name
     # Another seed gives others; the same one gives the same, whatever the shards.
-    init(folders, tmp_path / "same", dtype="float32", max_shard_size="60KB")
-    init(folders, tmp_path / "other", dtype="float32", seed=1)
-    same, other = (MMARForConditionalGeneration.from_pretrained(tmp_path / name) for name in ("same", "other"))
-    name = "model.latent_encoder.mask_token"
+    init(folders, tmp_path / "same", **options, max_shard_size="60KB")
+    init(folders, tmp_path / "other", **options, seed=1)
+    same, other = (AutoModel.from_pretrained(tmp_path / name) for name in ("same", "other"))
+    name = "model.latent_encoder.position_embedding"
     assert torch.equal(same.get_parameter(name), model.get_parameter(name))
     assert not torch.equal(other.get_parameter(name), model.get_parameter(name))
 
