@@ -44,7 +44,7 @@ TRAINED_SUFFIXES = (".image_A", ".image_B")
 # As transformers takes it: patterns of names in the parts' files -> names in MMAR.
 KEY_MAPPING = {
     r"^model\.(embed_tokens|layers|norm)\.": r"model.language_model.\1.",
-    r"^(encoder|decoder|quant_conv|post_quant_conv)\.": r"vae.\1.",
+    r"^(encoder|decoder|quant_conv|post_quant_conv|quantize)\.": r"vae.\1.",
 }
 WEIGHTS_NAMES = {
     "backbone": (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME),

@@ -178,6 +178,18 @@ def test_reference_holds_only_what_is_trained(referenced, folders, tmp_path):
     assert joined.get_parameter("model.latent_encoder.mask_token").requires_grad
 
 
+@pytest.mark.parametrize("system", ["vq", "transfusion"])
+def test_the_systems_of_table_3_by_reference(folders, tmp_path, system):
+    """The codebook is the tokenizer's, and not written either."""
+    make_system(tmp_path, system)
+    tokenizer = tmp_path / "vqmodel" if system == "vq" else folders / "vae"
+    for frozen in ("include", "reference"):
+        init(folders, tmp_path / frozen, preset=str(tmp_path / "preset"), vae=tokenizer, frozen=frozen)
+    assert not any(name.startswith("vae.") for name in load_file(tmp_path / "reference" / "model.safetensors"))
+    whole, joined = (AutoModel.from_pretrained(tmp_path / name).state_dict() for name in ("include", "reference"))
+    assert joined.keys() == whole.keys() and all(torch.equal(value, whole[name]) for name, value in joined.items())
+
+
 def test_reference_saves_again_as_it_was_and_whole_when_asked(referenced, folders, tmp_path):
     pipe = MMARPipeline.from_pretrained(referenced)
     pipe.save_pretrained(tmp_path / "again")
