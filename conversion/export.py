@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from ..command import run_command
-from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from ..pipelines.pipeline_mmar import MMARPipeline
 from ..processors.processing_mmar import MMARProcessor
+from .models import open_model
 
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
@@ -31,7 +31,7 @@ def main() -> None:
         raise ValueError(
             f"expected another folder than {args.source!r} to write to: its weights would be overwritten."
         )
-    model = MMARForConditionalGeneration.from_pretrained(args.source, dtype=DTYPES[args.dtype])
+    model = open_model(args.source, dtype=DTYPES[args.dtype])
     scheduler = model.default_scheduler()
     if (Path(args.source) / "scheduler").is_dir():
         scheduler = MMARPipeline.from_pretrained(args.source, model=model).scheduler

@@ -12,9 +12,9 @@ import torch
 import yaml
 
 from ..command import run_command
-from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from .card_mmar import MMARCardFacts, count_parameters, make_model_card, read_evaluation, write_model_card
 from .folders import read_config
+from .models import model_class_of
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
             raise ValueError(f"expected the facts of a card as YAML in {str(args.facts)!r}; {error}.") from error
         facts = MMARCardFacts.from_dict(stated)
     with torch.device("meta"):
-        model = MMARForConditionalGeneration(config)
+        model = model_class_of(config)(config)
     card = make_model_card(
         config,
         args.repo_id or args.folder.as_posix(),

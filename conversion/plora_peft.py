@@ -23,6 +23,7 @@ from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from ..modeling_mmar.plora_mmar import PLoRALinear
 from ..pipelines.pipeline_mmar import MMARPipeline
 from .folders import new_folder
+from .models import open_model
 
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -193,7 +194,7 @@ def main() -> None:
     args = parser.parse_args()
 
     if args.command == "export":
-        export_plora(MMARForConditionalGeneration.from_pretrained(args.model), args.adapter)
+        export_plora(open_model(args.model), args.adapter)
         return
     pipe = MMARPipeline.from_pretrained(args.model)
     import_plora(pipe.model, args.adapter)

@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoTokenizer, Qwen2ForCausalLM
 
 from mmar import MMARForConditionalGeneration, MMARPipeline, MMARProcessor
 from mmar.ablations.systems import CONFIG_CLASSES, system_config
+from mmar.conversion import export, model_card, plora_peft
 from mmar.conversion.init_from_qwen2 import init_from_qwen2, load_preset
 
 
@@ -94,6 +95,25 @@ def test_the_systems_of_table_3_start_from_a_qwen2_too(folders, tmp_path, system
     if system == "vq":
         codebook = model.vae.quantize.embedding.weight
         assert torch.equal(codebook, vq.quantize.embedding.weight)
+
+
+@pytest.mark.parametrize("system", ["vq", "transfusion"])
+def test_commands_open_the_systems_of_table_3(folders, tmp_path, system, monkeypatch):
+    """What writes a folder again, its card or its PLoRA does so by the class that the config names."""
+    make_system(tmp_path, system)
+    tokenizer = tmp_path / "vqmodel" if system == "vq" else folders / "vae"
+    init(folders, tmp_path / "out", preset=str(tmp_path / "preset"), vae=tokenizer)
+    for module, *words in (
+        (export, tmp_path / "out", tmp_path / "again"),
+        (model_card, tmp_path / "again"),
+        (plora_peft, "export", tmp_path / "again", tmp_path / "adapter"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, words)])
+        module.main()
+    before, again = (AutoModel.from_pretrained(tmp_path / name) for name in ("out", "again"))
+    assert type(again) is type(before) and type(again.config) is CONFIG_CLASSES[system]
+    assert all(torch.equal(value, before.state_dict()[name]) for name, value in again.state_dict().items())
+    assert load_file(tmp_path / "adapter" / "adapter_model.safetensors")
 
 
 @pytest.mark.parametrize("system", ["mmar", "vq", "transfusion"])
