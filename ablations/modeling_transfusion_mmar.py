@@ -60,6 +60,15 @@ class MMARTransfusionConfig(MMARConfig):
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "auto_map": dict(AUTO_MAP)}
 
+    @property
+    def image_parts(self) -> dict[str, str]:
+        """What reads and what draws image tokens; see `MMARConfig`."""
+        return {
+            "image input": f"a linear, pictures to read under noise of a level up to {self.max_understanding_level} "
+            f"in training and of {self.understanding_level} at inference",
+            "image head": f"a linear, {self.diffusion_config.prediction_type}; the language model denoises",
+        }
+
     def validate_architecture(self):
         super().validate_architecture()
         most = self.diffusion_config.num_train_timesteps

@@ -62,6 +62,14 @@ class MMARVQConfig(MMARConfig):
         """K: entries of the codebook."""
         return self.vae_config["num_vq_embeddings"]
 
+    @property
+    def image_parts(self) -> dict[str, str]:
+        """What reads and what draws image tokens; see `MMARConfig`."""
+        return {
+            "EmbeddingViT": super().image_parts["EmbeddingViT"],
+            "image head": f"a linear to {self.num_codes:,} codes, cross entropy",
+        }
+
     def validate_architecture(self):
         super().validate_architecture()
         if missing := [key for key in ("vq_embed_dim", "num_vq_embeddings") if not self.vae_config.get(key)]:

@@ -271,15 +271,13 @@ def _license(facts: MMARCardFacts) -> str:
 
 
 def _architecture(config: Any, num_parameters: dict[str, int] | None) -> str:
-    text, vit, diffusion = config.text_config, config.vit_config, config.diffusion_config
+    text = config.text_config
     rows = {
         "language model": f"Qwen2, {text.num_hidden_layers} layers of width {text.hidden_size}, "
         f"{text.vocab_size} tokens; PLoRA of rank {config.plora_rank}, alpha {config.plora_alpha:g}, on image tokens",
         "image tokens": f"{config.num_latents} of {config.latent_channels} channels for a picture of "
         f"{config.image_size} x {config.image_size} pixels",
-        "EmbeddingViT": f"{vit.num_hidden_layers} layers of width {vit.hidden_size}",
-        "diffusion MLP": f"{diffusion.num_hidden_layers} blocks of width {diffusion.hidden_size}, "
-        f"{diffusion.prediction_type}",
+        **config.image_parts,
         "drawing by default": ", ".join(f"{name} {value}" for name, value in sorted(config.image_generation.items())),
     }
     if num_parameters:

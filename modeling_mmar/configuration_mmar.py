@@ -239,6 +239,16 @@ class MMARConfig(PreTrainedConfig):
         """C: channels of one image token."""
         return self.vae_config["latent_channels"]
 
+    @property
+    def image_parts(self) -> dict[str, str]:
+        """What reads and what draws image tokens, as a model card tells it."""
+        vit, diffusion = self.vit_config, self.diffusion_config
+        return {
+            "EmbeddingViT": f"{vit.num_hidden_layers} layers of width {vit.hidden_size}",
+            "diffusion MLP": f"{diffusion.num_hidden_layers} blocks of width {diffusion.hidden_size}, "
+            f"{diffusion.prediction_type}",
+        }
+
     def validate_architecture(self):
         super().validate_architecture()
         if self.text_config.model_type != "qwen2":

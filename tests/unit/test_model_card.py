@@ -5,9 +5,11 @@ import sys
 
 import pytest
 import torch
-from helpers import tiny_config, tiny_model
+from helpers import tiny_arguments, tiny_config, tiny_model
 from huggingface_hub import ModelCard, metadata_load
 
+from mmar.ablations.modeling_transfusion_mmar import MMARTransfusionConfig
+from mmar.ablations.modeling_vq_mmar import MMARVQConfig
 from mmar.conversion.card_mmar import (
     MMARCardFacts,
     count_parameters,
@@ -75,6 +77,20 @@ def test_backbone_is_named_where_the_config_names_it():
     assert make_model_card(config, "me/tiny").data.base_model == ["Qwen/Qwen2-0.5B-Instruct"]
     config.frozen_parts = {"backbone": {"repo_id": "/home/me/qwen2"}}  # nobody else's business
     assert make_model_card(config, "me/tiny").data.base_model is None
+
+
+def test_what_other_systems_lack_is_not_told_of():
+    vq = MMARVQConfig(
+        **tiny_arguments() | {"vae_config": {**tiny_config().vae_config, "num_vq_embeddings": 2048, "vq_embed_dim": 4}}
+    )
+    text = make_model_card(vq, "me/vq").text
+    assert "| image head | a linear to 2,048 codes, cross entropy |" in text and "| EmbeddingViT | 2 layers" in text
+    assert "diffusion MLP" not in text
+    epsilon = tiny_arguments(diffusion_config={"prediction_type": "epsilon"})
+    text = make_model_card(MMARTransfusionConfig(**epsilon), "me/transfusion").text
+    assert "| image head | a linear, epsilon; the language model denoises |" in text
+    assert "up to 500 in training and of 0 at inference" in text
+    assert not any(name in text for name in ("EmbeddingViT", "diffusion MLP"))
 
 
 def test_parameters_are_counted_once():
