@@ -63,7 +63,7 @@ def main() -> None:
         parser.error(f"--seeds must be between 1 and {len(STUDENT) + 1}; got {args.seeds}")
     if not args.judge.is_file():
         parser.error(f"--judge must be a script; {args.judge} is not there")
-    check_plots()
+    check_plots(args.out)
     pipe, figures = MMARPipeline.from_pretrained(args.model), {}
     if torch.accelerator.is_available():
         pipe.to(torch.accelerator.current_accelerator())

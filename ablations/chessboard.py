@@ -275,7 +275,7 @@ def main() -> None:
     args = parser.parse_args()
     if min(args.num_steps, args.num_samples, args.seeds) < 1 or args.num_inference_steps < 2:
         parser.error("--num_steps, --num_samples and --seeds must be at least 1, and --num_inference_steps 2")
-    check_plots()
+    check_plots(args.out)
     outcomes, clouds = [], {}
     for prediction_type, dtype in SYSTEMS:
         for seed in range(args.seeds):

@@ -229,7 +229,7 @@ def main() -> None:
     args = parser.parse_args()
     if min(args.num_steps, args.num_samples) < 1:
         parser.error("--num_steps and --num_samples must be at least 1")
-    check_plots()
+    check_plots(args.out)
     tokens, curves, losses = read_tokens(args.model, args.data), step_errors(seed=args.seed), {}
     for prediction_type in ("v_prediction", "epsilon"):
         network = train_head(tokens, prediction_type, args.num_steps, args.seed)

@@ -321,8 +321,11 @@ def open_pipeline(model: Path) -> MMARPipeline:
     return pipe.to(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else pipe
 
 
-def check_plots() -> None:
-    """Raises a `ValueError` if no plot can be made: hours before it would be."""
+def check_plots(out: Path) -> None:
+    """Raises a `ValueError` if no plot can be made, or none be written to `out`: hours before it would be."""
+    standing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not standing.is_dir():
+        raise ValueError(f"expected a folder for --out; {standing} is a file. Name another.")
     if not is_matplotlib_available():
         raise ValueError("expected matplotlib, for the plot; it is not there. `pip install mmar[plots]` brings it.")
 
@@ -388,7 +391,9 @@ def open_study(args: Any) -> Study:
     """The study that the words tell."""
     if not 1 <= args.seeds <= len(STUDENT) + 1:
         raise ValueError(f"--seeds must be between 1 and {len(STUDENT) + 1}; got {args.seeds}.")
-    check_plots()
+    if args.num_copies < 0 or (args.num_steps is not None and args.num_steps < 1):
+        raise ValueError("--num_steps must be at least 1, and --num_copies at least 0.")
+    check_plots(args.out)
     return Study(args.config, args.data, args.test, args.vae, args.vq, args.judge, args.work, args.num_copies)
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from test_commands import run, write_squares
 
 from mmar import MMARConfig
-from mmar.ablations import cfg_sweep, noise_levels, scaling, stage2, study, table3, train_vq
+from mmar.ablations import cfg_sweep, chessboard, noise_levels, scaling, stage2, study, table3, train_vq
 from mmar.ablations.study import Study, Trial, cell, interval
 from mmar.ablations.systems import SYSTEMS, num_trained, system_config
 from mmar.ablations.train_vq import kmeans, vq_from_kl
@@ -286,6 +286,17 @@ def test_what_is_missing_is_told(parts, tmp_path, monkeypatch, in_process):
             run(table3, monkeypatch, *broken)
     with pytest.raises(ValueError, match="--seeds must be between 1 and 10; got 11"):
         run(table3, monkeypatch, *given, "--seeds", 11)
+    for option, value in (("--num_steps", 0), ("--num_copies", -1)):
+        with pytest.raises(ValueError, match="--num_steps must be at least 1, and --num_copies at least 0"):
+            run(table3, monkeypatch, *given, option, value)
+    # What would be told by the last step, after hours.
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "results"):
+        with pytest.raises(ValueError, match="expected a folder for --out; .*file is a file"):
+            run(table3, monkeypatch, *given, "--out", out)
+        with pytest.raises(ValueError, match="expected a folder for --out; .*file is a file"):
+            run(chessboard, monkeypatch, "--out", out)
+    assert not (tmp_path / "work").exists() and not in_process
     without = Study(CONFIG, *[parts / "squares.parquet"] * 2, parts / "vae", None, "none.py", tmp_path / "work")
     with pytest.raises(ValueError, match="expected --vq, a folder of a trained VQModel"):
         without.run(Trial("vq", 0))
