@@ -53,8 +53,8 @@ class MMARTransfusionConfig(MMARConfig):
     understanding_level: int = 0
 
     def __post_init__(self, **kwargs):
-        if self.diffusion_config is None:
-            self.diffusion_config = {"prediction_type": "epsilon"}
+        if self.diffusion_config is None or isinstance(self.diffusion_config, dict):
+            self.diffusion_config = {"prediction_type": "epsilon", **(self.diffusion_config or {})}
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,6 +71,15 @@ class MMARTransfusionConfig(MMARConfig):
 
     def validate_architecture(self):
         super().validate_architecture()
+        if self.diffusion_config.prediction_type != "epsilon":
+            raise ValueError(
+                "`diffusion_config.prediction_type` must be 'epsilon', since the loss is that of the noise; got "
+                f"{self.diffusion_config.prediction_type!r}."
+            )
+        self.check_levels()
+
+    def check_levels(self) -> None:
+        """Raises a `ValueError` for a noise level that there is not; they may be set after the config was made."""
         most = self.diffusion_config.num_train_timesteps
         for name in ("max_understanding_level", "understanding_level"):
             if not 0 <= getattr(self, name) <= most:
@@ -165,6 +174,7 @@ class MMARTransfusionForConditionalGeneration(MMARForConditionalGeneration):
     ) -> tuple[Tensor, Tensor]:
         """Latents `(I, N, C)` to the LLM's inputs `(I, N, D)` with noise, and that noise with its level behind."""
         num_images, config = len(latent_tokens), self.config
+        config.check_levels()
         is_generated = torch.zeros(num_images, dtype=torch.bool) if latent_mask is None else latent_mask.any(-1).cpu()
         generators = generator if isinstance(generator, list) else [generator] * num_images
         levels, noise = [], []

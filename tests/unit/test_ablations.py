@@ -313,6 +313,14 @@ def test_pictures_are_the_plain_denoising():
     assert tokens.std() > 0.1
 
 
+def test_transfusion_predicts_noise():
+    """Else its pictures would be drawn as if it predicted v."""
+    config = MMARTransfusionConfig(**tiny_arguments() | {"diffusion_config": {"num_train_timesteps": 500}})
+    assert config.diffusion_config.prediction_type == "epsilon" and config.max_understanding_level == 500
+    with pytest.raises(StrictDataclassError, match="`diffusion_config.prediction_type` must be 'epsilon'.*got 'v_pr"):
+        MMARTransfusionConfig(**tiny_arguments())
+
+
 def test_what_transfusion_refuses():
     model = make("transfusion")
     mask = torch.zeros(2, 16, dtype=torch.bool)
@@ -324,5 +332,9 @@ def test_what_transfusion_refuses():
             draw(model, **arguments)
     assert torch.isfinite(draw(model, num_inference_steps=np.int64(3))).all()
     with pytest.raises(StrictDataclassError, match="`understanding_level` must be between 0 and 1000"):
-        MMARTransfusionConfig(**tiny_arguments() | {"understanding_level": 1001})
+        MMARTransfusionConfig(**tiny_arguments() | {"diffusion_config": None, "understanding_level": 1001})
+    for level in (-5, 1500):
+        model.config.understanding_level = level
+        with pytest.raises(ValueError, match=f"`understanding_level` must be between 0 and 1000, .*; got {level}"):
+            model.generate(image_marks(model, 1), latents=random_latents(model, 1), max_new_tokens=1)
     assert math.isclose(float(model.alphas_cumprod_of(torch.tensor(0))), 1.0)
