@@ -180,8 +180,10 @@ $(ABLATIONS)/%/vq/report.json: | $(ABLATIONS)/emoji/vae/diffusion_pytorch_model.
 ablations: | $(ABLATIONS)/emoji/vq/report.json $(ABLATIONS)/fashion/vq/report.json
 	$(BIN)/python -m mmar.ablations.table3 $(ON_EMOJI)
 	$(BIN)/python -m mmar.ablations.noise_levels $(ON_EMOJI)
+	$(BIN)/python -m mmar.ablations.first_timestep $(ON_EMOJI)
 	$(BIN)/python -m mmar.ablations.table3 $(ON_FASHION)
 	$(BIN)/python -m mmar.ablations.noise_levels $(ON_FASHION)
+	$(BIN)/python -m mmar.ablations.first_timestep $(ON_FASHION)
 	$(BIN)/python -m mmar.ablations.scaling $(ON_FASHION)
 	$(BIN)/python -m mmar.ablations.stage2 $(ON_FASHION)
 	$(BIN)/python -m mmar.ablations.cfg_sweep checkpoints/mmar-tiny --data $(LITE)/test.parquet --judge $(JUDGE) \

@@ -146,7 +146,7 @@ class Study:
         self.run(trial)
         return self.folder_of(trial) / "run" / "final"
 
-    def measure(self, model: Path, out: Path, seed: int, **options: Any) -> dict[str, float]:
+    def measure(self, model: Path, out: Path, seed: int) -> dict[str, float]:
         r"""
         Answers and drawings of a model for all held-out rows.
 
@@ -154,16 +154,18 @@ class Study:
             model (`Path`): Folder.
             out (`Path`): Folder for the drawings.
             seed (`int`): Of the drawings.
-            **options: Of the pipeline.
 
         Returns:
             `dict` of what `understand` and the judge tell.
         """
         rows, pipe = read_rows(self.test), open_pipeline(model)
-        figures = self.understand(pipe, rows)
-        draw(pipe, rows, out / "pictures", 1000 * seed, **{"num_inference_steps": NUM_INFERENCE_STEPS, **options})
-        judged = self.scored(out / "pictures")
-        return {**figures, **{name: float(judged[key]) for name, key in JUDGED.items()}}
+        return {**self.understand(pipe, rows), **self.drawn(pipe, rows, out / "pictures", seed)}
+
+    def drawn(self, pipe: MMARPipeline, rows: list[dict[str, Any]], out: Path, seed: int) -> dict[str, float]:
+        """Draws the captions of rows into a folder; the judge's figures, by our names."""
+        draw(pipe, rows, out, 1000 * seed, num_inference_steps=NUM_INFERENCE_STEPS)
+        judged = self.scored(out)
+        return {name: float(judged[key]) for name, key in JUDGED.items()}
 
     def understand(self, pipe: MMARPipeline, rows: list[dict[str, Any]]) -> dict[str, float]:
         r"""

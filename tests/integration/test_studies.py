@@ -16,7 +16,17 @@ from safetensors.torch import load_file, save_file
 from test_commands import run, write_squares
 
 from mmar import MMARConfig
-from mmar.ablations import cfg_sweep, chessboard, noise_levels, scaling, stage2, study, table3, train_vq
+from mmar.ablations import (
+    cfg_sweep,
+    chessboard,
+    first_timestep,
+    noise_levels,
+    scaling,
+    stage2,
+    study,
+    table3,
+    train_vq,
+)
 from mmar.ablations.study import Study, Trial, cell, interval
 from mmar.ablations.systems import SYSTEMS, num_trained, system_config
 from mmar.ablations.train_vq import kmeans, vq_from_kl
@@ -210,6 +220,16 @@ def test_table3_of_all_systems_and_what_goes_on_from_it(parts, tmp_path, monkeyp
     kept.unlink()
     run(noise_levels, monkeypatch, *words(parts, tmp_path))
     assert kept.read_text() == before and page(tmp_path, "noise_levels_emoji") == levels
+
+    # The models that draw by diffusion, from an earlier timestep: of two steps, 999 and 0, or 500 and 0.
+    monkeypatch.setattr(first_timestep, "NUM_INFERENCE_STEPS", 2)
+    run(first_timestep, monkeypatch, *words(parts, tmp_path))
+    begun = page(tmp_path, "first_timestep_emoji")
+    assert not in_process and begun.count("| 999 | 4.9e-05 |") == 3 == begun.count("| 500 | 7.0e-01 |")
+    assert "w/ VQ" not in begun
+    trial = trials / "epsilon_seed0_max_steps2"
+    drawings = [Image.open(trial / name / "00000.png").tobytes() for name in ("pictures", "drawn_leading")]
+    assert drawings[0] != drawings[1]
 
     # Whatever the figures hang on: other rows, another judge, another number of copies.
     other = tmp_path / "other.parquet"
