@@ -146,7 +146,7 @@ evaluate-tiny: $(VENV)/.done | $(TINY_TEST)
 # The paper's experiments in small, into docs/results. Hours on two cores; trials that are done are kept, and the one
 # that was stopped goes on.
 ABLATIONS := runs/ablations
-# Of training: five minutes of one core here. Without --num_steps it is the 4,000 of ablations/recipes/small.yaml.
+# Of training. Without --num_steps it is the 4,000 of ablations/recipes/small.yaml.
 EMOJI_STEPS ?= 1500
 FASHION_STEPS ?= 1000
 FASHION ?= ../shared/data/fashion-mnist

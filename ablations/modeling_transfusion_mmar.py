@@ -36,7 +36,8 @@ AUTO_MAP = {
 class MMARTransfusionConfig(MMARConfig):
     r"""
     Configuration of `MMARTransfusionForConditionalGeneration`: that of MMAR, of which `vit_config` is not used but for
-    `initializer_range`, and `diffusion_config` for its noise schedule and `prediction_type`, "epsilon" here.
+    `initializer_range`, and `diffusion_config` for its noise schedule, `frequency_embedding_size` and
+    `prediction_type`, "epsilon" here.
 
     Args:
         max_understanding_level (`int`, *optional*, defaults to 500): In training the pictures that text is about
@@ -74,7 +75,7 @@ class MMARTransfusionConfig(MMARConfig):
         if self.diffusion_config.prediction_type != "epsilon":
             raise ValueError(
                 "`diffusion_config.prediction_type` must be 'epsilon', since the loss is that of the noise; got "
-                f"{self.diffusion_config.prediction_type!r}."
+                f"{self.diffusion_config.prediction_type!r}. Set it to 'epsilon', or leave it out."
             )
         self.check_levels()
 

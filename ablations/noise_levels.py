@@ -84,8 +84,8 @@ def main() -> None:
     lines = [[level, *(cell(runs, key) for key in COLUMNS)] for level, runs in figures.items()]
     body = f"""
 Held-out rows answered exactly by the Transfusion-like model whose pictures carry noise of a level; trained on levels 0
-to 500. Nats per name: the mean negative log-probability of the name. Mean and half of Student's 95 % interval over
-{args.seeds} seeds.
+to 500. Nats per name: the mean negative log-probability of the name as the beginning of the answer. Mean and half of
+Student's 95 % interval over {args.seeds} seeds.
 
 {table(["level", *COLUMNS.values()], lines)}
 

@@ -16,38 +16,53 @@ import json
 from pathlib import Path
 
 from ..command import run_command
-from .study import Trial, add_arguments, cell, interval, open_study, plot_path, recipe_steps, table, told, write_page
+from .study import (
+    LABELS,
+    Trial,
+    add_arguments,
+    cell,
+    interval,
+    open_study,
+    plot_path,
+    recipe_steps,
+    table,
+    told,
+    write_page,
+)
 from .systems import num_trained
 
 
 SHARES = (0.25, 0.5, 1.0)
-# Entries of the base config by the part of its widths; attention heads keep theirs.
-SIZES = {
-    "quarter": {
-        "text_config.hidden_size": 48,
-        "text_config.num_attention_heads": 1,
-        "text_config.num_key_value_heads": 1,
-        "text_config.intermediate_size": 128,
-        "vit_config.hidden_size": 32,
-        "diffusion_config.hidden_size": 32,
-    },
-    "half": {
-        "text_config.hidden_size": 96,
-        "text_config.num_attention_heads": 2,
-        "text_config.num_key_value_heads": 1,
-        "text_config.intermediate_size": 256,
-        "vit_config.hidden_size": 64,
-        "diffusion_config.hidden_size": 64,
-    },
-    "base": {},
-}
-COLUMNS = {
-    "name": "names answered",
-    "name_loss": "nats per name",
-    "style": "styles answered",
-    "name_top1": "drawings named",
-    "frechet": "Frechet",
-}
+# Entries of the base config that are widths or numbers of heads, so that a head keeps its width.
+WIDTHS = (
+    "text_config.hidden_size",
+    "text_config.num_attention_heads",
+    "text_config.num_key_value_heads",
+    "text_config.intermediate_size",
+    "vit_config.hidden_size",
+    "vit_config.num_attention_heads",
+    "diffusion_config.hidden_size",
+)
+COLUMNS = ("name", "name_loss", "style", "name_top1", "frechet")
+
+
+def widths(config: Path, share: float) -> dict[str, int]:
+    r"""
+    A share of a base config's widths.
+
+    Args:
+        config (`Path`): Folder of the config.
+        share (`float`): In (0, 1].
+
+    Returns:
+        `dict[str, int]`: Entries by their path, as `Trial.base` takes them; at least one head of each kind. Empty for
+        all of the widths.
+    """
+    if share == 1:
+        return {}
+    values = json.loads((config / "config.json").read_text())
+    entries = {path: values[path.split(".")[0]][path.split(".")[1]] for path in WIDTHS}
+    return {path: max(1, round(share * value)) for path, value in entries.items()}
 
 
 def plot(axes_of_study: dict[str, dict[object, list[dict[str, float]]]], file: Path) -> None:
@@ -58,11 +73,11 @@ def plot(axes_of_study: dict[str, dict[object, list[dict[str, float]]]], file: P
     for axes, (label, runs) in zip(
         figure.subplots(1, len(axes_of_study), sharey=True), axes_of_study.items(), strict=True
     ):
-        for key, text in (("name", "names answered"), ("name_top1", "drawings named")):
+        for key in ("name", "name_top1"):
             means, halves = zip(*(interval([own[key] for own in outcomes]) for outcomes in runs.values()), strict=True)
             places = [str(place) for place in runs]
             axes.errorbar(
-                places, [100 * m for m in means], [100 * h for h in halves], marker="o", capsize=4, label=text
+                places, [100 * m for m in means], [100 * h for h in halves], marker="o", capsize=4, label=LABELS[key]
             )
         axes.set(xlabel=label, ylabel="%")
         axes.legend()
@@ -83,10 +98,10 @@ def main() -> None:
         steps = [max(1, round(share * all_steps)) for share in SHARES]
         trials = [("steps", n, base if n == all_steps else Trial("mmar", seed, {"max_steps": n})) for n in steps]
         trials += [("share of the rows", share, Trial("mmar", seed, settings, share=share)) for share in SHARES]
-        for size, entries in SIZES.items():
-            trial = Trial("mmar", seed, settings, entries)
+        for share in SHARES:
+            trial = Trial("mmar", seed, settings, widths(args.config, share))
             millions = num_trained(study.config_of(trial), train_backbone=True) / 1e6
-            trials.append(("model", f"{size}, {millions:.1f} M trained weights", trial))
+            trials.append(("share of the widths", f"{share}, {millions:.1f} M trained weights", trial))
         for axis, place, trial in trials:
             outcome = study.run(trial)
             figures.setdefault(axis, {}).setdefault(place, []).append(outcome)
@@ -96,7 +111,7 @@ def main() -> None:
     plot(figures, picture)
     tables = [
         table(
-            [axis, *COLUMNS.values()],
+            [axis, *(LABELS[key] for key in COLUMNS)],
             [[place, *(cell(outcomes, key) for key in COLUMNS)] for place, outcomes in runs.items()],
         )
         for axis, runs in figures.items()

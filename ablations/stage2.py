@@ -11,36 +11,14 @@ the data are too many to be seen often.
 
 import argparse
 import json
-from pathlib import Path
 
 from ..command import run_command
-from .study import Trial, add_arguments, cell, interval, open_study, plot_path, table, told, write_page
+from .study import LABELS, Trial, add_arguments, cell, open_study, plot_bars, plot_path, table, told, write_page
 
 
 STAGE1_MIN = 0.7
-COLUMNS = {
-    "name_top1": "drawings named",
-    "style_drawn": "drawings in style",
-    "frechet": "Frechet",
-    "name": "names answered",
-    "name_loss": "nats per name",
-}
+COLUMNS = ("name_top1", "style_drawn", "frechet", "name", "name_loss")
 WAYS = {"first stage alone": None, "goes on in [0.7, 1]": STAGE1_MIN, "second stage in (0, 1]": 0.0}
-
-
-def plot(figures: dict[str, list[dict[str, float]]], file: Path) -> None:
-    """Drawings named, and Frechet distance."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    for axes, (key, factor, label) in zip(
-        figure.subplots(1, 2), (("name_top1", 100, "drawings named, %"), ("frechet", 1, "Frechet")), strict=True
-    ):
-        means, halves = zip(*(interval([own[key] for own in runs]) for runs in figures.values()), strict=True)
-        axes.bar(list(figures), [factor * mean for mean in means], yerr=[factor * half for half in halves], capsize=4)
-        axes.set(title=label)
-        axes.tick_params(axis="x", rotation=15)
-    figure.savefig(file)
 
 
 def main() -> None:
@@ -58,12 +36,12 @@ def main() -> None:
             print(json.dumps({"way": way, "seed": seed, **outcome}), flush=True)
     name = f"stage2_{args.config.name}"
     picture = plot_path(args.out, name)
-    plot(figures, picture)
+    plot_bars(figures, ("name_top1", "frechet"), picture)
     lines = [[way, *(cell(runs, key) for key in COLUMNS)] for way, runs in figures.items()]
     body = f"""
 Mean and half of Student's 95 % interval over {args.seeds} seeds.
 
-{table(["training", *COLUMNS.values()], lines)}
+{table(["training", *(LABELS[key] for key in COLUMNS)], lines)}
 
 ![]({picture.name})
 """

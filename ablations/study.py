@@ -27,7 +27,8 @@ from transformers.utils import is_matplotlib_available
 from ..benchmarks.timing import commit, processor, versions
 from ..conversion.folders import new_folder
 from ..evaluation.answers import MMARAnswerer
-from ..evaluation.emoji_styles import BATCH_SIZE, ask, draw
+from ..evaluation.emoji_styles import BATCH_SIZE, ask, chat_about, draw
+from ..files import check_folder
 from ..modeling_mmar.configuration_mmar import MMARConfig
 from ..modeling_mmar.frozen_parts_mmar import sha256_of
 from ..pipelines.pipeline_mmar import MMARPipeline
@@ -39,10 +40,21 @@ RECIPE = Path(__file__).parent / "recipes" / "small.yaml"
 # How a system's training departs from the recipe: the Transfusion-like one generates whole pictures.
 SETTINGS = {"transfusion": {"mask_ratio_min": 0.999}}
 NUM_INFERENCE_STEPS = 50
+# diffusers' file of a model's weights.
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 # Steps between losses that are logged, and how many of these are averaged at the end.
 NUM_LOGGED, NUM_AVERAGED = 100, 10
 # What a row's questions ask for.
-QUESTIONS = ("caption", "name", "style")
+QUESTION_KINDS = ("caption", "name", "style")
+# What tables and plots call the figures.
+LABELS = {
+    "name": "names answered",
+    "name_loss": "nats per name",
+    "style": "styles answered",
+    "name_top1": "drawings named",
+    "style_drawn": "drawings in style",
+    "frechet": "Frechet",
+}
 # Figures that are no share, and their decimals.
 DECIMALS = {"name_loss": 2, "frechet": 1}
 # Our names of the judge's figures.
@@ -177,22 +189,29 @@ class Study:
 
         Returns:
             `dict`: Shares of the rows that are answered exactly, `caption`, `name` and `style`; and `name_loss`, the
-            mean negative log-probability of a row's name, in nats, which tells models apart whose answers are all
-            wrong.
+            mean negative log-probability of a row's name as the beginning of the answer, in nats, which tells models
+            apart whose answers are all wrong.
+
+        Raises:
+            ValueError: If the rows have not all the same three questions.
         """
+        questions = rows[0]["questions"]
+        for place, row in enumerate(rows):
+            if row["questions"] != questions or len(questions) != len(QUESTION_KINDS):
+                raise ValueError(
+                    f"expected {len(QUESTION_KINDS)} questions, the same of every held-out row, for "
+                    f"{', '.join(QUESTION_KINDS)}; row {place} has {row['questions']}, and the first {questions}. "
+                    "Write the rows anew."
+                )
         pictures = pipe.processor.image_processor.fetch_images([row["image"] for row in rows])
         shares = {}
-        for number, name in enumerate(QUESTIONS):
-            question = rows[0]["questions"][number]
-            answers = ask(pipe, pictures, question)
+        for number, name in enumerate(QUESTION_KINDS):
+            answers = ask(pipe, pictures, questions[number])
             shares[name] = statistics.mean(
                 answer.strip() == row["answers"][number] for answer, row in zip(answers, rows, strict=True)
             )
-        number = QUESTIONS.index("name")
-        chats = [
-            [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}]
-            for picture, question in zip(pictures, (row["questions"][number] for row in rows), strict=True)
-        ]
+        number = QUESTION_KINDS.index("name")
+        chats = [chat_about(picture, questions[number]) for picture in pictures]
         answerer = MMARAnswerer(pipe.model, pipe.processor, BATCH_SIZE)
         scores = answerer.log_likelihoods(chats, [row["answers"][number] for row in rows])
         return {**shares, "name_loss": -statistics.mean(score for score, _ in scores)}
@@ -213,6 +232,8 @@ class Study:
     def _claim(self, folder: Path, trial: Trial) -> None:
         """Marks a folder as a trial's; raises a `ValueError` if it is another's."""
         own = json.loads(json.dumps({"trial": asdict(trial), **self._made_of}))
+        if trial.system == "vq" and self.vq is not None:
+            own["VQ tokenizer"] = sha256_of(self.vq / WEIGHTS)
         file = folder / "trial.json"
         begun = json.loads(file.read_text()) if file.is_file() else own
         if changed := [name for name in own if begun.get(name) != own[name]]:
@@ -221,15 +242,13 @@ class Study:
                 "Remove it, or name another --work."
             )
         folder.mkdir(parents=True, exist_ok=True)
-        write_figures(file, own)
+        write_figures(file, {**begun, **own})
 
     @functools.cached_property
     def _made_of(self) -> dict[str, Any]:
         """What the figures of all trials hang on, by what it is called in messages."""
         files = {"training data": self.data, "held-out data": self.test, "config": self.config / "config.json"}
-        for name, folder in (("VAE", self.vae), ("VQ tokenizer", self.vq)):
-            if folder is not None:
-                files[name] = folder / "diffusion_pytorch_model.safetensors"
+        files["VAE"] = self.vae / WEIGHTS
         for word in shlex.split(self.judge):
             if Path(word).is_file():
                 files[f"judge's {Path(word).name}"] = Path(word)
@@ -325,9 +344,7 @@ def open_pipeline(model: Path) -> MMARPipeline:
 
 def check_plots(out: Path) -> None:
     """Raises a `ValueError` if no plot can be made, or none be written to `out`: hours before it would be."""
-    standing = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not standing.is_dir():
-        raise ValueError(f"expected a folder for --out; {standing} is a file. Name another.")
+    check_folder(out)
     if not is_matplotlib_available():
         raise ValueError("expected matplotlib, for the plot; it is not there. `pip install mmar[plots]` brings it.")
 
@@ -368,6 +385,20 @@ def cell(runs: Sequence[dict[str, float]], figure: str) -> str:
     return f"{factor * mean:.{decimals}f}{spread}{unit}"
 
 
+def plot_bars(figures: dict[str, Sequence[dict[str, float]]], keys: Sequence[str], file: Path) -> None:
+    """One panel per figure, with a bar for each name's runs and Student's interval over their seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.5 * len(keys) + 1, 4), layout="constrained")
+    for axes, key in zip(figure.subplots(1, len(keys)), keys, strict=True):
+        factor, unit = (1, "") if key in DECIMALS else (100, ", %")
+        means, halves = zip(*(interval([own[key] for own in runs]) for runs in figures.values()), strict=True)
+        axes.bar(list(figures), [factor * mean for mean in means], yerr=[factor * half for half in halves], capsize=4)
+        axes.set(title=LABELS[key] + unit)
+        axes.tick_params(axis="x", rotation=20)
+    figure.savefig(file)
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table; the first column to the left."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
@@ -394,7 +425,9 @@ def open_study(args: Any) -> Study:
     if not 1 <= args.seeds <= len(STUDENT) + 1:
         raise ValueError(f"--seeds must be between 1 and {len(STUDENT) + 1}; got {args.seeds}.")
     if args.num_copies < 0 or (args.num_steps is not None and args.num_steps < 1):
-        raise ValueError("--num_steps must be at least 1, and --num_copies at least 0.")
+        raise ValueError(
+            f"--num_steps must be at least 1, and --num_copies at least 0; got {args.num_steps} and {args.num_copies}."
+        )
     check_plots(args.out)
     return Study(args.config, args.data, args.test, args.vae, args.vq, args.judge, args.work, args.num_copies)
 

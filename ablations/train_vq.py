@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..command import run_command
+from ..files import check_folder
 from ..training.train_vae import gradient_loss, read_pictures, shift
 
 
@@ -182,11 +183,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if min(args.num_codes, args.num_steps, args.batch_size) < 1:
-        parser.error("--num_codes, --num_steps and --batch_size must be at least 1")
+        given = f"{args.num_codes}, {args.num_steps} and {args.batch_size}"
+        parser.error(f"--num_codes, --num_steps and --batch_size must be at least 1; got {given}")
     if not (args.start / "config.json").is_file():
         parser.error(f"--start must be an AutoencoderKL's folder; there is no config.json in {args.start}")
-    if args.out.exists() and not args.out.is_dir():
-        parser.error(f"--out must be a folder; {args.out} is a file")
+    check_folder(args.out)
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     vae = AutoencoderKL.from_pretrained(args.start)
@@ -207,10 +208,13 @@ def main() -> None:
     first = measure(vq, pictures)
     vq = train(vq, pictures, args.num_steps, args.batch_size, args.learning_rate, generator)
     report: dict[str, Any] = {"steps": args.num_steps, "kmeans": first, "train": measure(vq, pictures)}
+    if not math.isfinite(psnr := report["train"]["psnr"]):
+        raise ValueError(
+            f"expected a tokenizer with a finite PSNR on its training pictures; got {psnr}. Lower --learning_rate, "
+            f"which is {args.learning_rate}."
+        )
     if held_out is not None:
         report["held_out"] = measure(vq, held_out)
-    if not math.isfinite(report["train"]["psnr"]):
-        raise ValueError("expected a tokenizer that trained; its error is NaN or infinite. Lower --learning_rate.")
     vq.save_pretrained(args.out)
     (args.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report))

@@ -25,6 +25,7 @@ from transformers import Qwen2ForCausalLM
 
 from ..command import run_command
 from ..conversion.init_from_qwen2 import load_preset
+from ..files import check_folder
 from ..modeling_mmar.configuration_mmar import MMARConfig
 from ..modeling_mmar.denoising_mmar import Denoiser
 from ..modeling_mmar.image_layers_mmar import MergedContext, PlainContext
@@ -351,8 +352,7 @@ def main() -> None:
     if arguments.num_runs < 1:
         parser.error(f"--num_runs must be at least 1; got {arguments.num_runs}")
     if arguments.out is not None:
-        # Before minutes are spent.
-        arguments.out.mkdir(parents=True, exist_ok=True)
+        check_folder(arguments.out)
     torch.set_num_threads(1)
     rows = []
     print(HEAD)
@@ -362,6 +362,7 @@ def main() -> None:
             print(rows[-1], flush=True)
     page = report(rows, arguments.num_runs)
     if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / f"{date.today().isoformat()}_generation.md").write_text(page, encoding="utf-8")
 
 

@@ -27,6 +27,7 @@ from transformers import set_seed
 
 from ..command import run_command
 from ..conversion.init_from_qwen2 import load_preset
+from ..files import check_folder
 from ..modeling_mmar.configuration_mmar import MMARConfig
 from ..modeling_mmar.denoising_mmar import Denoiser
 from ..modeling_mmar.generation_mmar import PRESETS, RoundEncoder
@@ -298,7 +299,7 @@ def main() -> None:
     # What cannot be read or written ends the command before it has measured for minutes.
     configs = {name: load_preset(name) for name in arguments.presets}
     if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
+        check_folder(arguments.out)
     lines = []
     print(HEAD)
     with torch.no_grad():
@@ -314,6 +315,7 @@ def main() -> None:
                 torch.cuda.reset_peak_memory_stats(device)
     if arguments.out is not None:
         page = report(lines, device_name, dtype, card)
+        arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / f"{date.today().isoformat()}_gpu.md").write_text(page, encoding="utf-8")
 
 

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from ..command import run_command
 from ..evaluation.emoji_styles import draw
+from ..files import check_folder
 from ..modeling_mmar.generation_mmar import PRESETS
 from ..pipelines.pipeline_mmar import MMARPipeline
 from ..training.emoji_rows import read_rows
@@ -204,8 +205,7 @@ def main() -> None:
         if not 1 <= args.num_rows <= len(rows):
             parser.error(f"--num_rows must be between 1 and {len(rows)}, the rows of {args.data.name}")
         rows = [rows[i * len(rows) // args.num_rows] for i in range(args.num_rows)]
-    # Before hours are spent.
-    args.out.mkdir(parents=True, exist_ok=True)
+    check_folder(args.out)
     pipe = MMARPipeline.from_pretrained(args.model)
     if torch.accelerator.is_available():
         pipe.to(torch.accelerator.current_accelerator())

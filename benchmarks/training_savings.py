@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from ..command import run_command
 from ..conversion.init_from_qwen2 import load_preset
+from ..files import check_folder
 from ..modeling_mmar.configuration_mmar import MMARConfig
 from ..modeling_mmar.diffusion_mmar import MMARDiffusionMLP, cosine_alphas_cumprod, diffusion_losses
 from ..modeling_mmar.embedding_vit_mmar import MMARLatentEncoder
@@ -482,8 +483,7 @@ def main() -> None:
     if arguments.num_runs < 1:
         raise ValueError(f"`num_runs` must be at least 1; got {arguments.num_runs}.")
     if arguments.out is not None:
-        # Before minutes are spent.
-        arguments.out.mkdir(parents=True, exist_ok=True)
+        check_folder(arguments.out)
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     config = load_preset("mmar-0.5b")
@@ -503,6 +503,7 @@ def main() -> None:
     page = report(results, picture_times(config, arguments.num_runs), arguments.num_runs)
     print(page)
     if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / f"{date.today().isoformat()}_training_savings.md").write_text(page, encoding="utf-8")
 
 

@@ -44,6 +44,11 @@ JUDGE_FIGURES = {
 }
 
 
+def chat_about(picture: Any, question: str) -> list[dict[str, Any]]:
+    """The chat that asks a question about a picture."""
+    return [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}]
+
+
 @torch.no_grad()
 def ask(pipe: MMARPipeline, pictures: list[Any], question: str) -> list[str]:
     r"""
@@ -59,10 +64,7 @@ def ask(pipe: MMARPipeline, pictures: list[Any], question: str) -> list[str]:
     """
     answers = []
     for start in range(0, len(pictures), BATCH_SIZE):
-        chats = [
-            [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}]
-            for picture in pictures[start : start + BATCH_SIZE]
-        ]
+        chats = [chat_about(picture, question) for picture in pictures[start : start + BATCH_SIZE]]
         inputs = pipe.processor.apply_chat_template(
             chats, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
         ).to(pipe.device)

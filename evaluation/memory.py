@@ -167,6 +167,9 @@ def training_memory(
 
     Returns:
         `dict[str, int]`: By part; without the parts that come on top of PyTorch's tensors.
+
+    Raises:
+        ValueError: If the config is of another system than MMAR.
     """
     model = meta_model(config, dtype).train()
     model.freeze(train_backbone)
@@ -202,6 +205,9 @@ def inference_memory(
 
     Returns:
         `dict[str, int]`: By part.
+
+    Raises:
+        ValueError: If the config is of another system than MMAR.
     """
     model = meta_model(config, dtype).eval()
     device, num_latents = model.device, config.num_latents

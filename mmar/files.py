@@ -9,6 +9,22 @@ from pathlib import Path
 UNFINISHED = ".unfinished"
 
 
+def check_folder(path: Path, option: str = "--out") -> None:
+    r"""
+    Looks at where results are to go, before hours are spent on them.
+
+    Args:
+        path (`Path`): A folder, or what is to become one.
+        option (`str`, *optional*, defaults to `"--out"`): What the user named it with.
+
+    Raises:
+        ValueError: If it is a file, or lies below one.
+    """
+    standing = next(above for above in (path, *path.absolute().parents) if above.exists())
+    if not standing.is_dir():
+        raise ValueError(f"expected a folder for {option}; {standing} is a file. Name another.")
+
+
 def write_whole(path: Path, content: bytes) -> None:
     r"""
     Writes a file in whole or not at all, whatever happens to this process or the power.

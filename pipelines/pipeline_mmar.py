@@ -146,7 +146,10 @@ class MMARPipeline(DiffusionPipeline):
 
     @property
     def interrupt(self) -> bool:
-        """Set `pipe._interrupt = True` in a callback to stop drawing; what is drawn by then is returned."""
+        """
+        Set `pipe._interrupt = True` in a callback to stop drawing; what is drawn by then is returned. It stops all
+        calls of this pipeline, those of other threads too.
+        """
         return self._interrupt
 
     # ----------------------------------------------------------------------------------------------------- drawing
@@ -278,7 +281,7 @@ class MMARPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: For arguments of a wrong type, outside their range or of unequal number, for a scheduler of
-                another prediction type, and for latents that are NaN or infinite.
+                another prediction type or with a learned variance, and for latents that are NaN or infinite.
         """
         # 1. Check, and fill in the defaults.
         self.check_inputs(
@@ -298,7 +301,7 @@ class MMARPipeline(DiffusionPipeline):
         guidance_scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
         num_to_draw = config.num_latents if latent_mask is None else int(latent_mask.sum(-1).min())
         num_ar_steps = self.model.num_rounds(chosen, num_to_draw) if num_ar_steps is None else num_ar_steps
-        # For the caller to read: another thread may draw with this pipeline, by settings of its own.
+        # For callers to read; one that draws in another thread has settings of its own, but the same `interrupt`.
         self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, num_ar_steps, False
 
         # 2. Prompts to tokens, each once per picture.

@@ -23,6 +23,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from ..command import run_command
 from ..conversion.models import open_model
+from ..files import check_folder
 from ..modeling_mmar.embedding_vit_mmar import MMARViTLinear
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from ..pipelines.pipeline_mmar import MMARPipeline
@@ -144,8 +145,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.num_steps < 1 or args.batch_size < 2:
         parser.error("--num_steps must be at least 1, and --batch_size at least 2")
-    if args.out.exists() and not args.out.is_dir():
-        parser.error(f"--out must be a folder; {args.out} is a file")
+    check_folder(args.out)
     if not hasattr(torch.optim, "Muon"):
         parser.error(f"this command needs torch 2.9 or newer, which has Muon; this is {torch.__version__}")
 

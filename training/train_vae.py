@@ -34,6 +34,7 @@ from torch.nn import functional as F
 
 from ..command import run_command
 from ..conversion.latent_moments import LatentMoments
+from ..files import check_folder
 from ..modeling_mmar.configuration_mmar import MMARConfig
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from .views import distort, restyle
@@ -196,8 +197,7 @@ def main() -> None:
         parser.error(f"--start must be a VAE's folder; there is no config.json in {args.start}")
     if not 0 <= args.latent_noise < math.inf:
         parser.error("--latent_noise must be at least 0")
-    if args.out.exists() and not args.out.is_dir():
-        parser.error(f"--out must be a folder; {args.out} is a file")
+    check_folder(args.out)
 
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)

@@ -80,6 +80,11 @@ class PackedForward(PackedLinear):
         return nn.Linear.forward(self.linear, inputs) if torch.is_grad_enabled() else super().__call__(inputs)
 
 
+def is_copied_forward(linear: nn.Linear) -> bool:
+    """Whether a linear's own `forward` is what `PackedForward` left in a copy: that of its class."""
+    return getattr(vars(linear).get("forward"), "__func__", None) is nn.Linear.forward
+
+
 @cache
 def can_pack(dtype: torch.dtype) -> bool:
     """Whether this torch and processor have oneDNN's packed linears for a dtype, which are not public, and right."""
@@ -114,7 +119,8 @@ def packed_linears(module: nn.Module, num_rows: int) -> Iterator[None]:
     try:
         for linear in module.modules():
             is_plain = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
-            if not is_plain or "forward" in vars(linear) or type(linear.weight) is not nn.Parameter:
+            has_own_forward = "forward" in vars(linear) and not is_copied_forward(linear)
+            if not is_plain or has_own_forward or type(linear.weight) is not nn.Parameter:
                 continue
             if pays(linear.weight, num_rows) and not torch.is_autocast_enabled("cpu"):
                 linear.forward = PackedForward(linear, num_rows)

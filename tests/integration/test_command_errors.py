@@ -37,7 +37,7 @@ def test_every_command_is_run_so(path: Path):
 @pytest.mark.parametrize(
     ("module", "arguments", "message"),
     [
-        ("benchmarks.generation", ["--out", "LICENSE"], "error: [Errno 17] File exists: 'LICENSE'"),
+        ("benchmarks.generation", ["--out", "LICENSE"], "error: expected a folder for --out; LICENSE is a file"),
         ("benchmarks.gpu", ["--device", "gpu"], "error: --device must be one that torch has here; got 'gpu'"),
         (
             "benchmarks.gpu",

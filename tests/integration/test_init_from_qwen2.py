@@ -113,7 +113,12 @@ def test_commands_open_the_systems_of_table_3(folders, tmp_path, system, monkeyp
     before, again = (AutoModel.from_pretrained(tmp_path / name) for name in ("out", "again"))
     assert type(again) is type(before) and type(again.config) is CONFIG_CLASSES[system]
     assert all(torch.equal(value, before.state_dict()[name]) for name, value in again.state_dict().items())
-    assert load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors").values()
+    own = [value for name, value in before.state_dict().items() if name.endswith(("image_A", "image_B"))]
+    assert sorted(factor.numel() for factor in factors) == sorted(value.numel() for value in own)
+    assert sum(factor.float().abs().sum() for factor in factors) == pytest.approx(
+        float(sum(value.float().abs().sum() for value in own))
+    )
 
 
 @pytest.mark.parametrize("system", ["mmar", "vq", "transfusion"])

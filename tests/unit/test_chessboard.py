@@ -52,6 +52,15 @@ def test_v_learns_the_board_in_a_short_run(monkeypatch):
     assert short_run(monkeypatch, "v_prediction", "bfloat16")[0].num_errors == outcome.num_errors
 
 
+def test_points_of_several_batches_are_shown(monkeypatch):
+    monkeypatch.setattr(chessboard, "SAMPLE_BATCH", 30)
+    monkeypatch.setattr(chessboard, "NUM_SHOWN", 50)
+    # So that none is an error, which would be shown too.
+    monkeypatch.setattr(chessboard, "MARGIN", float("inf"))
+    outcome, points, wrong = chessboard.run("v_prediction", "float32", 0, 10, 100, 2)
+    assert outcome.num_samples == 100 and points.shape == (50, 2) and not wrong.any()
+
+
 def test_epsilon_strays_in_a_short_run(monkeypatch):
     """Its errors are divided by the root of alpha-bar, 5e-5 at the last timestep (Eq. 18): what the page is about."""
     outcome, _, _ = short_run(monkeypatch, "epsilon", "float32")

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mmar.modeling_mmar import packed_linear_mmar
-from mmar.modeling_mmar.packed_linear_mmar import PackedLinear, can_pack, packed_linears
+from mmar.modeling_mmar.packed_linear_mmar import PackedForward, PackedLinear, can_pack, packed_linears
 
 
 # Rounding of sums of 48 products near 1.
@@ -129,6 +129,10 @@ def test_who_trains_beside_a_picture_gets_gradients_and_copies_of_their_own():
     trained = [*model.diffusion_mlp.named_parameters(), *model.model.latent_encoder.named_parameters()]
     assert not [name for name, parameter in trained if parameter.grad is None]
     for own in copies:
+        head = own.diffusion_mlp
+        with torch.no_grad(), packed_linears(head, 2):
+            forwards = [vars(linear).get("forward") for linear in head.modules() if isinstance(linear, nn.Linear)]
+            assert any(isinstance(forward, PackedForward) for forward in forwards)
         with torch.no_grad():
             torch.testing.assert_close(own(**inputs, generator=seeded(1)).image_loss, expected)
             for linear in (own.diffusion_mlp.input_projection, own.model.latent_encoder.vis_projector.layers[0]):
