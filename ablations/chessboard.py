@@ -6,7 +6,8 @@ What prediction type and precision do to tokens, on a distribution that one can 
 Points of a chessboard, whose class is the quadrant, are learned by MMAR's Diffusion MLP with its losses and sampled
 with its sampler. A sample is an error where it lies farther than `MARGIN` from every field of its class. The paper
 gives rates for 1 M samples: below 1e-6 for v in bfloat16, 0.2 % for epsilon in bfloat16, 0.04 % for epsilon in
-float32; board, network and margin are ours, since it gives none.
+float32; board, network, margin and numbers of steps are ours, since it gives none. They matter: in few steps the first
+one leaps from where epsilon's errors are divided by 5e-5.
 """
 
 import argparse
@@ -221,33 +222,31 @@ def kept_run(work: Path | None, *arguments: Any) -> tuple[Outcome, Tensor, Tenso
         return outcome, opened.get_tensor("points"), opened.get_tensor("wrong")
 
 
-def plot(clouds: dict[tuple[str, str], tuple[Tensor, Tensor]], file: Path) -> None:
-    """Samples of each system on a scale of its own, errors in red."""
+def plot(clouds: dict[tuple[int, str, str], tuple[Tensor, Tensor]], file: Path) -> None:
+    """Samples of each system on a scale of its own, errors in red; a row for each number of steps."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4 * len(clouds), 4), layout="constrained")
-    for axes, ((prediction_type, dtype), (points, wrong)) in zip(
-        figure.subplots(1, len(clouds), squeeze=False)[0], clouds.items(), strict=True
-    ):
+    columns = len(SYSTEMS)
+    figure = Figure(figsize=(4 * columns, 4 * len(clouds) / columns), layout="constrained")
+    panels = figure.subplots(len(clouds) // columns, columns, squeeze=False).flat
+    for axes, ((steps, prediction_type, dtype), (points, wrong)) in zip(panels, clouds.items(), strict=True):
         axes.scatter(*points[~wrong].T.tolist(), s=1, color="tab:blue")
         axes.scatter(*points[wrong].T.tolist(), s=4, color="tab:red")
-        axes.set(title=f"{prediction_type}, {dtype}: {int(wrong.sum())} errors", aspect="equal")
+        axes.set(title=f"{prediction_type}, {dtype}, {steps} steps: {int(wrong.sum())} errors", aspect="equal")
     figure.savefig(file)
 
 
-def report(outcomes: list[Outcome], command: str, picture: str, num_inference_steps: int) -> str:
+def report(outcomes: dict[tuple[int, str, str], list[Outcome]], command: str, picture: str) -> str:
     """The results as a page of docs/results."""
     rows = []
-    for prediction_type, dtype in SYSTEMS:
-        own = [item for item in outcomes if (item.prediction_type, item.dtype) == (prediction_type, dtype)]
-        if own:
-            rates = [item.num_errors / item.num_samples for item in own]
-            errors, samples = sum(item.num_errors for item in own), sum(item.num_samples for item in own)
-            rows.append(
-                f"| {prediction_type} | {dtype} | {100 * errors / samples:.4f} % ({errors} of {samples:,}) | "
-                f"{100 * min(rates):.4f} to {100 * max(rates):.4f} % | {max(item.largest for item in own):.2f} | "
-                f"{PAPER.get((prediction_type, dtype), 'not given')} |"
-            )
+    for (steps, prediction_type, dtype), own in outcomes.items():
+        rates = [item.num_errors / item.num_samples for item in own]
+        errors, samples = sum(item.num_errors for item in own), sum(item.num_samples for item in own)
+        rows.append(
+            f"| {steps} | {prediction_type} | {dtype} | {100 * errors / samples:.4f} % ({errors} of {samples:,}) | "
+            f"{100 * min(rates):.4f} to {100 * max(rates):.4f} % | {max(item.largest for item in own):.2f} | "
+            f"{PAPER.get((prediction_type, dtype), 'not given')} |"
+        )
     table = "\n".join(rows)
     return f"""# Chessboard: prediction type and precision (suppl. Sec. 6.8)
 
@@ -256,11 +255,11 @@ def report(outcomes: list[Outcome], command: str, picture: str, num_inference_st
     {command}
 
 A Diffusion MLP of {NUM_BLOCKS} x {WIDTH} learns {NUM_FIELDS} x {NUM_FIELDS} fields of side {FIELD} with the quadrant
-as its class; DDPM with {num_inference_steps} steps. A sample is an error where it is more than {MARGIN} from every
+as its class. A sample is an error where it is more than {MARGIN} from every
 field of its class. Training in bfloat16 is autocast; in sampling the network is in the dtype, the sampler in float32.
 
-| prediction | network | samples that are errors | of single seeds | largest coordinate | paper |
-| --- | --- | ---: | ---: | ---: | ---: |
+| steps of DDPM | prediction | network | samples that are errors | of single seeds | largest coordinate | paper |
+| ---: | --- | --- | ---: | ---: | ---: | ---: |
 {table}
 
 ![]({picture})
@@ -272,32 +271,47 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path, help="folder to write the page and the plot to")
     parser.add_argument("--work", type=Path, help="folder that keeps each system's outcome, to go on after a stop")
     parser.add_argument("--num_steps", type=int, default=10_000, help="of training, each of 2,048 points")
-    parser.add_argument("--num_samples", type=int, default=1_000_000, help="per system and seed")
-    parser.add_argument("--num_inference_steps", type=int, default=100, help="of DDPM")
+    parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[100, 1000], help="of DDPM")
+    parser.add_argument(
+        "--num_samples",
+        type=int,
+        nargs="+",
+        default=[1_000_000, 100_000],
+        help="per system and seed, for each of them",
+    )
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     args = parser.parse_args()
-    if min(args.num_steps, args.num_samples, args.seeds) < 1 or args.num_inference_steps < 2:
+    if min(args.num_steps, *args.num_samples, args.seeds) < 1 or min(args.num_inference_steps) < 2:
         given = f"{args.num_steps}, {args.num_samples}, {args.seeds} and {args.num_inference_steps}"
         parser.error(
             f"--num_steps, --num_samples and --seeds must be at least 1, and --num_inference_steps 2; got {given}"
         )
+    if len(args.num_samples) != len(args.num_inference_steps):
+        parser.error(
+            "--num_samples must be as many numbers as --num_inference_steps; got "
+            f"{len(args.num_samples)} and {len(args.num_inference_steps)}"
+        )
     check_plots(args.out)
-    outcomes, clouds = [], {}
-    for prediction_type, dtype in SYSTEMS:
-        for seed in range(args.seeds):
-            outcome, points, wrong = kept_run(
-                args.work, prediction_type, dtype, seed, args.num_steps, args.num_samples, args.num_inference_steps
-            )
-            outcomes.append(outcome)
-            clouds.setdefault((prediction_type, dtype), (points, wrong))
-            print(json.dumps(asdict(outcome)), flush=True)
+    outcomes: dict[tuple[int, str, str], list[Outcome]] = {}
+    clouds: dict[tuple[int, str, str], tuple[Tensor, Tensor]] = {}
+    for steps, num_samples in zip(args.num_inference_steps, args.num_samples, strict=True):
+        for prediction_type, dtype in SYSTEMS:
+            for seed in range(args.seeds):
+                outcome, points, wrong = kept_run(
+                    args.work, prediction_type, dtype, seed, args.num_steps, num_samples, steps
+                )
+                key = (steps, prediction_type, dtype)
+                outcomes.setdefault(key, []).append(outcome)
+                clouds.setdefault(key, (points, wrong))
+                print(json.dumps({"num_inference_steps": steps, **asdict(outcome)}), flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     name = f"{date.today().isoformat()}_chessboard"
     plot(clouds, args.out / f"{name}.png")
     command = f"python -m mmar.ablations.chessboard --out {args.out}"
-    for option in ("num_steps", "num_samples", "num_inference_steps", "seeds"):
-        command += f" --{option} {getattr(args, option)}"
-    page = report(outcomes, command, f"{name}.png", args.num_inference_steps)
+    for option in ("num_steps", "num_inference_steps", "num_samples"):
+        given = getattr(args, option)
+        command += f" --{option} {' '.join(map(str, given if isinstance(given, list) else [given]))}"
+    page = report(outcomes, f"{command} --seeds {args.seeds}", f"{name}.png")
     (args.out / f"{name}.md").write_text(page, encoding="utf-8")
 
 

@@ -1,5 +1,7 @@
 """The chessboard experiment: its data, what counts as an error, and a run that a test can afford."""
 
+import sys
+
 import pytest
 import torch
 from helpers import seeded
@@ -95,3 +97,25 @@ def test_outcomes_are_kept(monkeypatch, tmp_path):
     )
     chessboard.kept_run(tmp_path / "work", "epsilon", "float32", 0, 301, 1000, 20)
     assert len(runs) == 2
+
+
+def test_page_of_several_numbers_of_steps(monkeypatch, tmp_path, capsys):
+    given = ["chessboard", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--num_steps", "10"]
+    given += ["--seeds", "1", "--num_inference_steps", "2", "3", "--num_samples"]
+    monkeypatch.setattr(sys, "argv", [*given, "40", "20"])
+    chessboard.main()
+    (page,) = (tmp_path / "out").glob("*_chessboard.md")
+    text = page.read_text()
+    rows = [line.split(" | ") for line in text.splitlines() if "_prediction | " in line or "epsilon | " in line]
+    assert [row[0] for row in rows] == ["| 2"] * 4 + ["| 3"] * 4
+    assert all(f"of {40 if row[0] == '| 2' else 20})" in row[3] for row in rows)
+    assert "--num_inference_steps 2 3 --num_samples 40 20 --seeds 1" in text
+    assert page.with_suffix(".png").stat().st_size > 0
+
+    monkeypatch.setattr(chessboard, "run", lambda *arguments: pytest.fail("was run again"))
+    chessboard.main()
+    assert page.read_text() == text
+    monkeypatch.setattr(sys, "argv", [*given, "40"])
+    with pytest.raises(SystemExit):
+        chessboard.main()
+    assert "--num_samples must be as many numbers as --num_inference_steps; got 1 and 2" in capsys.readouterr().err
