@@ -71,11 +71,12 @@ def test_epsilon_strays_in_a_short_run(monkeypatch):
 
 def test_page_and_plot(tmp_path):
     outcomes = [chessboard.Outcome("epsilon", "bfloat16", seed, 0.1, 1000, 2 + seed, 5.0, 1.0) for seed in range(2)]
-    page = chessboard.report(outcomes, "the command", "cloud.png", 100)
-    assert "| epsilon | bfloat16 | 0.2500 % (5 of 2,000) | 0.2000 to 0.3000 % | 5.00 | 0.2 % |" in page
+    page = chessboard.report({(100, "epsilon", "bfloat16"): outcomes}, "the command", "cloud.png")
+    assert "| 100 | epsilon | bfloat16 | 0.2500 % (5 of 2,000) | 0.2000 to 0.3000 % | 5.00 | 0.2 % |" in page
     assert "the command" in page and "![](cloud.png)" in page
     points = torch.randn(20, 2)
-    chessboard.plot({("epsilon", "bfloat16"): (points, points[:, 0] > 1)}, tmp_path / "cloud.png")
+    clouds = {(100, *system): (points, points[:, 0] > 1) for system in chessboard.SYSTEMS}
+    chessboard.plot(clouds, tmp_path / "cloud.png")
     assert (tmp_path / "cloud.png").stat().st_size > 1000
 
 
