@@ -21,7 +21,7 @@ FEISTEL_ROUNDS = 4
 # Shares come from divisions of floats.
 ROUNDING = 1e-9
 # Streams of random numbers of one seed.
-SOURCE_ORDER, TASK_ORDER, ROW_ORDER, SAMPLE_DRAWS, MASK_RATIO_DRAWS = range(5)
+SOURCE_ORDER, TASK_ORDER, ROW_ORDER, SAMPLE_DRAWS, MASK_RATIO_DRAWS, STREAM_ORDER = range(6)
 
 
 def stable_hash(*values: int) -> int:

@@ -26,7 +26,16 @@ from ..modeling_mmar.configuration_mmar import IGNORE_INDEX
 from ..modeling_mmar.masking_mmar import sample_latent_mask, sample_mask_ratios
 from ..processors.processing_mmar import TASKS, MMARProcessor
 from .latents import LatentCache
-from .mixture import MASK_RATIO_DRAWS, SAMPLE_DRAWS, SOURCE_ORDER, TASK_ORDER, Mixture, Proportions, stable_hash
+from .mixture import (
+    MASK_RATIO_DRAWS,
+    SAMPLE_DRAWS,
+    SOURCE_ORDER,
+    STREAM_ORDER,
+    TASK_ORDER,
+    Mixture,
+    Proportions,
+    stable_hash,
+)
 from .rows import BadRow, check_row, open_pictures
 from .sources import Source
 from .views import mix_tokens
@@ -434,11 +443,9 @@ class StreamedSamples(IterableDataset):
         positions: dict[int, dict[str, Any]] | None = None,
         names: list[str] | None = None,
     ):
-        # One order of the shards for all ranks, or some would be read twice.
-        streams = [stream.shuffle(seed=seed, buffer_size=buffer_size) for stream in streams]
-        self.streams = [split_dataset_by_node(stream, rank, world_size) for stream in streams]
-        self.maker, self.weights, self.task_weights = maker, weights, task_weights
-        self.seed, self.rank, self.positions = seed, rank, positions or {}
+        self.streams, self.maker, self.weights, self.task_weights = streams, maker, weights, task_weights
+        self.seed, self.rank, self.world_size, self.buffer_size = seed, rank, world_size, buffer_size
+        self.positions = positions or {}
         self.names = [f"stream {index}" for index in range(len(streams))] if names is None else names
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -478,9 +485,12 @@ class StreamedSamples(IterableDataset):
     def _rows(self, index: int, passes: int, num_read: int) -> Iterator[tuple[dict[str, Any], list[int]]]:
         """Rows of a stream after so many passes and rows, each with the place behind it; none if there are none."""
         while True:
-            self.streams[index].set_epoch(passes)
+            # One order of the shards for all ranks, or some would be read twice. It hangs on the number of the pass,
+            # not on the stream's epoch: that is in memory that all workers share, and each is in a pass of its own.
+            seed = stable_hash(self.seed, STREAM_ORDER, passes)
+            stream = self.streams[index].shuffle(seed=seed, buffer_size=self.buffer_size)
             seen = 0
-            for seen, row in enumerate(self.streams[index], start=1):
+            for seen, row in enumerate(split_dataset_by_node(stream, self.rank, self.world_size), start=1):
                 if seen > num_read:
                     yield row, [passes, seen]
             if seen == 0:

@@ -457,6 +457,27 @@ def test_streams_go_on_where_they_stood(processor):
         next(iter(streamed(processor, 4, positions=positions)))
 
 
+def test_another_worker_in_another_pass_changes_no_order(processor, monkeypatch):
+    """`datasets` keeps a stream's epoch in memory that all workers share; here the other one comes in between."""
+    samples = streamed(processor, 4, buffer_size=5)
+
+    def first_rows(passes):
+        rows = samples._rows(0, passes, 0)
+        return [next(rows)[0]["id"] for _ in range(8)]
+
+    expected = [first_rows(passes) for passes in range(3)]
+    assert len({tuple(ids) for ids in expected}) == 3
+    begin, others = datasets.IterableDataset.__iter__, [7, 8, 9]
+
+    def begin_late(stream):
+        if others:
+            next(samples._rows(0, others.pop(), 0))
+        return begin(stream)
+
+    monkeypatch.setattr(datasets.IterableDataset, "__iter__", begin_late)
+    assert [first_rows(passes) for passes in range(3)] == expected
+
+
 def test_streams_are_mixed_in_exact_proportions(processor):
     stream = iter(streamed(processor, 2))
     samples = [next(stream) for _ in range(BLOCK)]
