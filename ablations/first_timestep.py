@@ -74,7 +74,7 @@ def main() -> None:
                 print(json.dumps({"system": system, "first_timestep": first, "seed": seed, **outcome}), flush=True)
     name = f"first_timestep_{args.config.name}"
     picture = plot_path(args.out, name)
-    bars = {f"{system}\nfrom {first}": runs for (system, first), runs in figures.items()}
+    bars = {f"{system}, {first}": runs for (system, first), runs in figures.items()}
     plot_bars(bars, ("name_top1", "frechet"), picture)
     lines = [
         [SYSTEMS[system], first, f"{sqrt_alphas_cumprod[first]:.1e}", *(cell(runs, key) for key in COLUMNS)]

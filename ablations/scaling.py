@@ -75,7 +75,7 @@ def plot(axes_of_study: dict[str, dict[object, list[dict[str, float]]]], file: P
     ):
         for key in ("name", "name_top1"):
             means, halves = zip(*(interval([own[key] for own in outcomes]) for outcomes in runs.values()), strict=True)
-            places = [str(place) for place in runs]
+            places = [str(place).replace(", ", "\n") for place in runs]
             axes.errorbar(
                 places, [100 * m for m in means], [100 * h for h in halves], marker="o", capsize=4, label=LABELS[key]
             )

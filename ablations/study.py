@@ -389,13 +389,15 @@ def plot_bars(figures: dict[str, Sequence[dict[str, float]]], keys: Sequence[str
     """One panel per figure, with a bar for each name's runs and Student's interval over their seeds."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.5 * len(keys) + 1, 4), layout="constrained")
+    figure = Figure(figsize=(max(3.5, 0.8 * len(figures)) * len(keys) + 1, 4), layout="constrained")
     for axes, key in zip(figure.subplots(1, len(keys)), keys, strict=True):
         factor, unit = (1, "") if key in DECIMALS else (100, ", %")
         means, halves = zip(*(interval([own[key] for own in runs]) for runs in figures.values()), strict=True)
         axes.bar(list(figures), [factor * mean for mean in means], yerr=[factor * half for half in halves], capsize=4)
         axes.set(title=LABELS[key] + unit)
-        axes.tick_params(axis="x", rotation=20)
+        axes.tick_params(axis="x", rotation=30)
+        for label in axes.get_xticklabels():
+            label.set_horizontalalignment("right")
     figure.savefig(file)
 
 
