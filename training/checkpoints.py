@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -92,21 +93,22 @@ def fault(checkpoint: str | Path) -> str | None:
     return None
 
 
-def rotate(output_dir: str | Path, limit: int | None, best: str | None = None) -> None:
+def rotate(output_dir: str | Path, limit: int | None, kept: Collection[str | Path] = ()) -> None:
     r"""
     Removes the oldest checkpoints. Each loses its name first: one that is half removed is none.
 
     Args:
         output_dir (`str` or `Path`): Folder of a training.
-        limit (`int`, *optional*): How many stay, the newest and the best among them; all for None or 0.
-        best (`str`, *optional*): The best one, which stays.
+        limit (`int`, *optional*): How many stay, the newest and those of `kept` among them; all for None or 0.
+        kept (`Collection[str | Path]`): Checkpoints that stay, also beyond the limit: the best one, say.
     """
     if not limit or limit < 0:
         return
     folders = _numbered(output_dir)
-    kept = {max(folders)} | {number for number, folder in folders.items() if best and folder == Path(best)}
-    others = sorted(set(folders) - kept)
-    for number in others[: max(0, len(folders) - max(limit, len(kept)))]:
+    kept = {Path(path) for path in kept}
+    staying = {number for number, folder in folders.items() if folder in kept} | set(sorted(folders)[-1:])
+    others = sorted(set(folders) - staying)
+    for number in others[: max(0, len(folders) - max(limit, len(staying)))]:
         removed = saving_folder(output_dir) / f"{folders[number].name}.removed"
         removed.parent.mkdir(exist_ok=True)
         os.rename(folders[number], removed)

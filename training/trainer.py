@@ -6,6 +6,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput, SaveStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, PredictionOutput, SaveStrategy
 
 from ..conversion.hub_mmar import export_remote_code
 from ..modeling_mmar.configuration_mmar import IGNORE_INDEX
@@ -293,6 +294,7 @@ class MMARTrainer(Trainer):
         self._num_skipped = self._num_done_steps = 0
         self._positions: dict[int, Any] = {}
         self._is_saving = False
+        self._uploading: str | None = None
         self._last_log = (time.monotonic(), 0)
         self.ema = EMA(model, args.ema_decay) if args.ema_decay > 0 else None
         if self.ema is not None:
@@ -596,6 +598,9 @@ class MMARTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         self._check_finite()
+        if output_dir is None or Path(output_dir) == Path(self.args.output_dir):
+            # An upload reads the files that this writes.
+            self._finish_current_push()
         if state_dict is None and is_sharded(self.model):
             state_dict = whole_state(self.model)
         super()._save(output_dir, state_dict)
@@ -643,18 +648,20 @@ class MMARTrainer(Trainer):
             finish(written, run_dir / name)
             if self.args.push_to_hub:
                 self._push_from_checkpoint(str(run_dir / name))
-            rotate(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+            self._rotate(run_dir)
         self.accelerator.wait_for_everyone()
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Uploads run beside the training: of a folder that keeps its name.
-        if self._is_saving:
-            return
-        if self._pipeline is not None and not self._is_adapted and self.is_world_process_zero():
-            # transformers adds weights, configs and processor.
-            export_remote_code(self.args.output_dir)
-            self._pipeline.save_index(self.args.output_dir)
-        super()._push_from_checkpoint(checkpoint_folder)
+    def _rotate(self, run_dir: str | Path) -> None:
+        kept = [self.state.best_model_checkpoint, self._uploading if self._is_uploading() else None]
+        rotate(run_dir, self.args.save_total_limit, [folder for folder in kept if folder is not None])
+
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float):
+        # transformers removes checkpoints here before it waits for their uploads.
+        self._finish_current_push()
+        if self._uploading is not None:
+            # It may have stayed beyond the limit.
+            self._rotate(self._get_output_dir(trial))
+        return super()._finalize_training(trial, num_train_samples, start_time)
 
     def load_checkpoint(self, folder: str) -> None:
         """Loads the weights of a checkpoint and their EMA, to evaluate or save them; `train` resumes a training."""
@@ -677,6 +684,41 @@ class MMARTrainer(Trainer):
         # The metric was that of the averaged weights.
         if self.ema is not None:
             self.ema.load(best, self.plain_model)
+
+    # ------------------------------------------------------------------------------------------------------- uploads
+
+    def _is_uploading(self) -> bool:
+        push = getattr(self, "push_in_progress", None)
+        return push is not None and not push.is_done()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Uploads run beside the training: of a folder that keeps its name.
+        if self._is_saving or not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        if self._is_uploading() and not self.args.hub_always_push:
+            return
+        # What follows writes the files that an upload reads.
+        self._finish_current_push()
+        if self._pipeline is not None and not self._is_adapted:
+            # transformers adds weights, configs and processor.
+            export_remote_code(self.args.output_dir)
+            self._pipeline.save_index(self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
+        self._uploading = checkpoint_folder
+        for job in self.push_in_progress.jobs:
+            job.add_done_callback(self._warn_of_a_failed_push)
+
+    def _warn_of_a_failed_push(self, job: Future) -> None:
+        error = None if job.cancelled() else job.exception()
+        if error is not None:
+            reason = error if error.__cause__ is None else f"{error} ({error.__cause__})"
+            logger.warning(
+                "a push to %s failed: %s. The checkpoints in %s are whole; the next push, or `push_to_hub()`, tries "
+                "again.",
+                self.hub_model_id,
+                reason,
+                self.args.output_dir,
+            )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:

@@ -138,13 +138,22 @@ def test_checkpoints_without_a_manifest_are_looked_into(two_checkpoints):
 
 
 @pytest.mark.parametrize(
-    ("limit", "best", "left"),
-    [(None, None, [2, 4, 10, 12]), (3, None, [4, 10, 12]), (1, None, [12]), (1, 4, [4, 12]), (2, 2, [2, 12])],
+    ("limit", "kept", "left"),
+    [
+        (None, [], [2, 4, 10, 12]),
+        (3, [], [4, 10, 12]),
+        (1, [], [12]),
+        (1, [4], [4, 12]),
+        (2, [2], [2, 12]),
+        (2, [2, 4], [2, 4, 12]),
+        (2, [12, 3], [10, 12]),
+    ],
 )
-def test_the_oldest_checkpoints_go_but_the_best(tmp_path, limit, best, left):
+def test_the_oldest_checkpoints_go_but_those_that_are_kept(tmp_path, limit, kept, left):
+    rotate(tmp_path, limit)
     for number in (2, 4, 10, 12):
         (tmp_path / f"checkpoint-{number}").mkdir()
-    rotate(tmp_path, limit, None if best is None else str(tmp_path / f"checkpoint-{best}"))
+    rotate(tmp_path, limit, [str(tmp_path / f"checkpoint-{number}") for number in kept])
     assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{number}" for number in left}
 
 

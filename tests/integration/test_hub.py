@@ -1,5 +1,6 @@
 """Uploads with the real client to a Hub on the loopback address, and what comes back from there."""
 
+import json
 import re
 from pathlib import Path
 
@@ -245,26 +246,67 @@ result = MMARPipeline.from_pretrained("with_card").push_to_hub("me/card").oid
     assert 'pipe("a \\"red\\" square"' in card.text
 
 
-def test_a_training_pushes_its_checkpoints(home):
-    hub = Hub(token=TOKEN)
-    code = f"""
-import sys
+def training(max_steps: int, **arguments) -> str:
+    """Code of a training that pushes at each step; leaves what its trainer logged and its folders of checkpoints."""
+    return f"""
+import logging, sys
+from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from squares import make_processor, make_trainer
-from mmar import MMARPipeline
+logged = []
+handler = logging.Handler()
+handler.emit = lambda record: logged.append(record.getMessage())
+logging.getLogger("mmar.training.trainer").addHandler(handler)
 trainer = make_trainer(
-    "run", make_processor(), max_steps=3, save_strategy="steps", save_steps=1, push_to_hub=True,
-    hub_model_id="me/training", hub_strategy="all_checkpoints", hub_always_push=True,
+    "run", make_processor(), max_steps={max_steps}, save_strategy="steps", save_steps=1, push_to_hub=True,
+    hub_model_id="me/training", **{arguments!r}
 )
 trainer.train()
-errors = [job.exception() for job in trainer.push_in_progress.jobs]
-opened = MMARPipeline.from_pretrained("me/training").model
-result = [[str(error) for error in errors if error is not None], str(opened.dtype)]
+result = [logged, sorted(path.name for path in Path("run").glob("checkpoint-*"))]
+"""
+
+
+def test_a_training_pushes_its_checkpoints(tmp_path):
+    """Whole, where the next one is saved, and the last one removed, while an upload runs."""
+    hub = Hub(token=TOKEN)
+    hub.delay = 0.3
+    code = training(3, hub_strategy="all_checkpoints", hub_always_push=True, save_total_limit=1)
+    code += """
+from mmar import MMARPipeline
+result.append(str(MMARPipeline.from_pretrained("me/training").model.dtype))
 """
     with serve(hub) as url:
-        not_done, opens = run_fresh(code, home, url, TOKEN)
-    assert not_done == [] and opens == "torch.float32"
+        logged, left, opens = run_fresh(code, tmp_path, url, TOKEN)
+    assert logged == [] and opens == "torch.float32"
+    assert left == ["checkpoint-3"]
     repo = hub.repos["me/training"]
-    files = set(repo.commits[repo.branches["main"]])
-    assert {"model.safetensors", "modeling_mmar.py", "model_index.json", "checkpoint-3/optimizer.pt"} <= files
+    files = repo.commits[repo.branches["main"]]
+    assert {"model.safetensors", "modeling_mmar.py", "model_index.json", "checkpoint-3/optimizer.pt"} <= set(files)
     assert not [name for name in files if "saving" in name]
+    # The repository's first, and two of each push.
+    assert len(repo.commits) == 7
+    pushed = [files[f"checkpoint-{number}/model.safetensors"] for number in (1, 2, 3)]
+    assert len(set(pushed)) == 3 and pushed[2] == files["model.safetensors"]
+
+
+def test_a_training_does_not_wait_for_uploads(tmp_path):
+    """Steps meanwhile are not pushed; a checkpoint stays until it is uploaded."""
+    hub = Hub(token=TOKEN)
+    hub.delay = 3.0
+    with serve(hub) as url:
+        logged, left = run_fresh(training(3, hub_strategy="checkpoint", save_total_limit=1), tmp_path, url, TOKEN)
+    assert logged == [] and left == ["checkpoint-3"]
+    repo = hub.repos["me/training"]
+    files = repo.commits[repo.branches["main"]]
+    assert json.loads(files["last-checkpoint/trainer_state.json"])["global_step"] == 1
+    assert files["last-checkpoint/model.safetensors"] == files["model.safetensors"]
+
+
+def test_a_training_says_that_a_push_failed(tmp_path):
+    hub = Hub(token=TOKEN)
+    hub.break_after = 0
+    with serve(hub) as url:
+        logged, left = run_fresh(training(1), tmp_path, url, TOKEN)
+    assert left == ["checkpoint-1"]
+    (message,) = logged
+    assert re.search("a push to me/training failed: .*model.safetensors.* in run are whole", message, re.DOTALL)
