@@ -13,6 +13,7 @@ one leaps from where epsilon's errors are divided by 5e-5.
 import argparse
 import json
 import math
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -177,13 +178,40 @@ def sample(
             yield points.flatten(0, 1)[:number], torch.arange(NUM_CLASSES).repeat(len(points))[:number]
 
 
-def run(
-    prediction_type: str, dtype_name: str, seed: int, num_steps: int, num_samples: int, num_inference_steps: int
-) -> tuple[Outcome, Tensor, Tensor]:
-    """Trains and samples a system; its outcome, its first points with those that are errors, and which these are."""
-    start, dtype = time.process_time(), getattr(torch, dtype_name)
+def kept_network(
+    work: Path, prediction_type: str, dtype_name: str, seed: int, num_steps: int
+) -> tuple[nn.ModuleDict, float]:
+    """A trained network and its last loss, read from a folder if it was trained there, else kept there."""
     network = make_network(prediction_type, seed)
-    loss = train(network, prediction_type, dtype, num_steps, seed)
+    file = work / f"network_{prediction_type}_{dtype_name}_{seed}_{num_steps}.safetensors"
+    if not file.is_file():
+        loss = train(network, prediction_type, getattr(torch, dtype_name), num_steps, seed)
+        keep(file, network.state_dict(), {"loss": repr(loss)})
+    with safe_open(file, "pt") as opened:
+        network.load_state_dict({name: opened.get_tensor(name) for name in opened.keys()})
+        return network, float(opened.metadata()["loss"])
+
+
+def keep(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes a file that is whole or not there."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    save_file(tensors, partial, metadata=metadata)
+    partial.replace(file)
+
+
+def run(
+    work: Path,
+    prediction_type: str,
+    dtype_name: str,
+    seed: int,
+    num_steps: int,
+    num_samples: int,
+    num_inference_steps: int,
+) -> tuple[Outcome, Tensor, Tensor]:
+    """Samples a system; its outcome, its first points with those that are errors, and which these are."""
+    start, dtype = time.process_time(), getattr(torch, dtype_name)
+    network, loss = kept_network(work, prediction_type, dtype_name, seed, num_steps)
     scheduler = DDPMScheduler(
         NUM_TIMESTEPS,
         beta_schedule="squaredcos_cap_v2",
@@ -206,17 +234,12 @@ def run(
     return outcome, torch.cat(shown), torch.cat(wrong)
 
 
-def kept_run(work: Path | None, *arguments: Any) -> tuple[Outcome, Tensor, Tensor]:
+def kept_run(work: Path, *arguments: Any) -> tuple[Outcome, Tensor, Tensor]:
     """`run`, read from a folder if it was done there with these arguments, else kept there."""
-    if work is None:
-        return run(*arguments)
     file = work / f"{'_'.join(map(str, arguments))}.safetensors"
     if not file.is_file():
-        outcome, points, wrong = run(*arguments)
-        work.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        save_file({"points": points, "wrong": wrong}, partial, metadata={"outcome": json.dumps(asdict(outcome))})
-        partial.replace(file)
+        outcome, points, wrong = run(work, *arguments)
+        keep(file, {"points": points, "wrong": wrong}, {"outcome": json.dumps(asdict(outcome))})
     with safe_open(file, "pt") as opened:
         outcome = Outcome(**json.loads(opened.metadata()["outcome"]))
         return outcome, opened.get_tensor("points"), opened.get_tensor("wrong")
@@ -269,7 +292,7 @@ field of its class. Training in bfloat16 is autocast; in sampling the network is
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=Path, help="folder to write the page and the plot to")
-    parser.add_argument("--work", type=Path, help="folder that keeps each system's outcome, to go on after a stop")
+    parser.add_argument("--work", type=Path, help="folder that keeps networks and outcomes, to go on after a stop")
     parser.add_argument("--num_steps", type=int, default=10_000, help="of training, each of 2,048 points")
     parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[100, 1000], help="of DDPM")
     parser.add_argument(
@@ -294,16 +317,18 @@ def main() -> None:
     check_plots(args.out)
     outcomes: dict[tuple[int, str, str], list[Outcome]] = {}
     clouds: dict[tuple[int, str, str], tuple[Tensor, Tensor]] = {}
-    for steps, num_samples in zip(args.num_inference_steps, args.num_samples, strict=True):
-        for prediction_type, dtype in SYSTEMS:
-            for seed in range(args.seeds):
-                outcome, points, wrong = kept_run(
-                    args.work, prediction_type, dtype, seed, args.num_steps, num_samples, steps
-                )
-                key = (steps, prediction_type, dtype)
-                outcomes.setdefault(key, []).append(outcome)
-                clouds.setdefault(key, (points, wrong))
-                print(json.dumps({"num_inference_steps": steps, **asdict(outcome)}), flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary) if args.work is None else args.work
+        for steps, num_samples in zip(args.num_inference_steps, args.num_samples, strict=True):
+            for prediction_type, dtype in SYSTEMS:
+                for seed in range(args.seeds):
+                    outcome, points, wrong = kept_run(
+                        work, prediction_type, dtype, seed, args.num_steps, num_samples, steps
+                    )
+                    key = (steps, prediction_type, dtype)
+                    outcomes.setdefault(key, []).append(outcome)
+                    clouds.setdefault(key, (points, wrong))
+                    print(json.dumps({"num_inference_steps": steps, **asdict(outcome)}), flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     name = f"{date.today().isoformat()}_chessboard"
     plot(clouds, args.out / f"{name}.png")

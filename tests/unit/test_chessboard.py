@@ -39,33 +39,39 @@ def test_distances_by_hand():
     assert away[3] == float("inf")
 
 
-def short_run(monkeypatch, prediction_type, dtype):
+def short_run(monkeypatch, work, prediction_type, dtype):
     monkeypatch.setattr(chessboard, "BATCH_SIZE", 256)
     # Over fewer steps.
     monkeypatch.setattr(chessboard, "EMA_DECAY", 0.95)
-    return chessboard.run(prediction_type, dtype, 0, 300, 1000, 20)
+    return chessboard.run(work, prediction_type, dtype, 0, 300, 1000, 20)
 
 
-def test_v_learns_the_board_in_a_short_run(monkeypatch):
-    outcome, points, wrong = short_run(monkeypatch, "v_prediction", "bfloat16")
+def test_v_learns_the_board_in_a_short_run(monkeypatch, tmp_path):
+    outcome, points, wrong = short_run(monkeypatch, tmp_path, "v_prediction", "bfloat16")
     # Even points on the whole board would be errors in more than half of the cases, and nothing strays off it.
     assert outcome.num_errors < 150 and outcome.largest < 3.5
     assert outcome.num_samples == 1000 == len(points) == len(wrong) and int(wrong.sum()) == outcome.num_errors
-    assert short_run(monkeypatch, "v_prediction", "bfloat16")[0].num_errors == outcome.num_errors
+    for work in (tmp_path, tmp_path / "anew"):
+        again, points_again, _ = short_run(monkeypatch, work, "v_prediction", "bfloat16")
+        assert again.loss == outcome.loss and torch.equal(points_again, points)
+    # Sampled in the other number of steps, it is the same network.
+    monkeypatch.setattr(chessboard, "train", None)
+    other = chessboard.run(tmp_path, "v_prediction", "bfloat16", 0, 300, 100, 10)[0]
+    assert other.loss == outcome.loss and other.num_samples == 100
 
 
-def test_points_of_several_batches_are_shown(monkeypatch):
+def test_points_of_several_batches_are_shown(monkeypatch, tmp_path):
     monkeypatch.setattr(chessboard, "SAMPLE_BATCH", 30)
     monkeypatch.setattr(chessboard, "NUM_SHOWN", 50)
     # So that none is an error, which would be shown too.
     monkeypatch.setattr(chessboard, "MARGIN", float("inf"))
-    outcome, points, wrong = chessboard.run("v_prediction", "float32", 0, 10, 100, 2)
+    outcome, points, wrong = chessboard.run(tmp_path, "v_prediction", "float32", 0, 10, 100, 2)
     assert outcome.num_samples == 100 and points.shape == (50, 2) and not wrong.any()
 
 
-def test_epsilon_strays_in_a_short_run(monkeypatch):
+def test_epsilon_strays_in_a_short_run(monkeypatch, tmp_path):
     """Its errors are divided by the root of alpha-bar, 5e-5 at the last timestep (Eq. 18): what the page is about."""
-    outcome, _, _ = short_run(monkeypatch, "epsilon", "float32")
+    outcome, _, _ = short_run(monkeypatch, tmp_path, "epsilon", "float32")
     assert outcome.largest > 30 and outcome.num_errors > 150
 
 
