@@ -46,6 +46,8 @@ IDENTITY = {
 }
 # Entries of a config that differ between versions and folders of one model.
 PASSING = {"transformers_version", "auto_map", "custom_pipelines", "architectures"}
+# The last chunk of a PNG file.
+PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 # A process that is done waits for the slowest.
 PATIENCE = datetime.timedelta(days=7)
 
@@ -152,6 +154,15 @@ def read_lines(path: Path, what: str) -> list[dict[str, Any]]:
     return rows
 
 
+def is_whole(picture: Path) -> bool:
+    """Whether there is a PNG file with its end: one that was copied or synced in part has none."""
+    if not picture.is_file() or picture.stat().st_size < len(PNG_END):
+        return False
+    with picture.open("rb") as file:
+        file.seek(-len(PNG_END), os.SEEK_END)
+        return file.read() == PNG_END
+
+
 # -------------------------------------------------------------------------------------------------------- fingerprints
 
 
@@ -241,7 +252,7 @@ def draw_pictures(
     **arguments: Any,
 ) -> int:
     r"""
-    Draws a picture for each prompt, or those that are not there yet, and returns when all processes have.
+    Draws a picture for each prompt, or those that are not there in whole yet, and returns when all processes have.
 
     Args:
         pipe (`MMARPipeline`): Draws, on the device where it is.
@@ -274,7 +285,7 @@ def draw_pictures(
     _compare(folder, about)
 
     files = list(prompts)
-    missing = {i for i, name in enumerate(files) if not (folder / name).exists()}
+    missing = {i for i, name in enumerate(files) if not is_whole(folder / name)}
     num_batches = math.ceil(len(files) / batch_size)
     own = [range(i * batch_size, min((i + 1) * batch_size, len(files))) for i in range(num_batches)]
     own = [batch for batch in own[processes.index :: processes.number] if not missing.isdisjoint(batch)]

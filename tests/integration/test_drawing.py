@@ -70,6 +70,16 @@ def test_what_is_there_is_not_drawn_again(pipe, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*FEW, MANIFEST_NAME])
 
 
+@pytest.mark.parametrize("broken", [lambda whole: whole[:-20], lambda whole: b"", lambda whole: b"no picture at all"])
+def test_a_broken_picture_is_drawn_again(pipe, tmp_path, broken):
+    """As a copy of a folder leaves it that was broken off: the scorers of GenEval and DPG-Bench would stop at it."""
+    draw_pictures(pipe, FEW, tmp_path, batch_size=3, **STEPS)
+    drawn = contents(tmp_path)
+    (tmp_path / "e.png").write_bytes(broken(drawn["e.png"]))
+    assert draw_pictures(pipe, FEW, tmp_path, batch_size=3, **STEPS) == 1
+    assert contents(tmp_path) == drawn
+
+
 def test_another_batch_size_only_rounds_otherwise(pipe, tmp_path):
     for batch_size in (1, 7):
         draw_pictures(pipe, FEW, tmp_path / str(batch_size), batch_size=batch_size, **STEPS)
