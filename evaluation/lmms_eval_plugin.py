@@ -44,7 +44,19 @@ def manifests() -> list[Any]:
 
 
 class LogLikelihood(tuple, GenerationResult):
-    """A number and whether decoding is greedy; lmms-eval 0.7.3 makes a text of a tuple that is not of its class."""
+    """
+    A number and whether decoding is greedy; lmms-eval 0.7.3 makes a text of a tuple that is not of its class.
+
+    Its cache of responses (`--use_cache`) would read it back as a text too. It keeps no empty texts, and to it this is
+    one: log-likelihoods are computed each time.
+    """
+
+    def __init__(self, pair: tuple[float, bool]):
+        super().__init__(text=self)
+
+    def strip(self) -> str:
+        """What the cache asks of a text."""
+        return ""
 
 
 def takes_smallest() -> bool:

@@ -4,7 +4,8 @@ import json
 import sys
 from pathlib import Path
 
-from lmms_eval.api.instance import Instance
+from lmms_eval.api.instance import Instance, unwrap_generation_output
+from lmms_eval.caching.response_cache import ResponseCache
 from lmms_eval.models import get_model, get_model_manifest
 from PIL import Image
 
@@ -79,6 +80,19 @@ def main():
     result["choices"] = model.loglikelihood(
         [request("loglikelihood", texts[0], word, pictures_of, 0, "t", "test") for word in ("red", "green")]
     )
+
+    # 5. Twice with the kit's cache of responses.
+    cached = {
+        "loglikelihood": [request("loglikelihood", texts[0], "red", pictures_of, 0, "t", "test")],
+        "generate_until": [request("generate_until", texts[0], options[1], pictures_of, 0, "t", "test")],
+    }
+    result["cached"] = []
+    for _ in range(2):
+        cache = ResponseCache.create(str(out.with_name("cache")))
+        outputs = [cache.execute(model, kind, requests)[0] for kind, requests in cached.items()]
+        result["cached"].append([unwrap_generation_output(output)[0] for output in outputs])
+        # As the kit ends a run; the next one reads what it left.
+        cache.finalize(success=True)
     result["refused"] = {
         "batch": refusal(type(model), str(folder), batch_size="auto"),
         "model": refusal(type(model), str(folder / "none")),

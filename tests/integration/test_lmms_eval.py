@@ -146,6 +146,8 @@ def test_requests_are_answered_and_scored_as_the_model_does(model, tmp_path):
         assert got[0] == pytest.approx(value, rel=1e-5) and got[0] < 0 and got[1] == is_greedy
     losses = answerer.log_likelihoods([chats[0]] * 2, ["red", "green"])
     assert [value for value, _ in result["choices"]] == pytest.approx([-value for value, _ in losses], rel=1e-5)
+    # Log-likelihoods are what they are without the kit's cache, answers are taken from it.
+    assert result["cached"] == [[result["choices"][0], short[0]]] * 2
     refused = result["refused"]
     assert refused["batch"] == "--batch_size must be a number for MMAR; got 'auto'."
     assert refused["model"].startswith("expected an MMAR with processor_config.json")
