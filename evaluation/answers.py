@@ -211,7 +211,7 @@ class MMARAnswerer:
 
         Returns:
             `list[tuple[float, bool]]`: Sum over tokens of the log-probability, in nats; and whether each of the tokens
-            is the likeliest one, so that greedy decoding would begin with the continuation.
+            is the likeliest one that is ever written, so that greedy decoding would begin with the continuation.
 
         Raises:
             ValueError: As `features` raises; if a continuation is empty or has an image mark, or they are not as many
@@ -251,11 +251,14 @@ class MMARAnswerer:
         ).logits
         # (B, num_kept, V), of which the last position predicts what is not there.
         log_probs = logits[:, :-1].float().log_softmax(-1)
-        return [_score(log_probs[row, -len(target) :], target) for row, target in enumerate(targets)]
+        image_token_id = self.processor.image_token_id
+        return [_score(log_probs[row, -len(target) :], target, image_token_id) for row, target in enumerate(targets)]
 
 
-def _score(log_probs: Tensor, target: list[int]) -> tuple[float, bool]:
-    """Sum of the target's log-probabilities among `(T, V)`, and whether it is the likeliest everywhere."""
+def _score(log_probs: Tensor, target: list[int], image_token_id: int) -> tuple[float, bool]:
+    """Sum of the target's log-probabilities among `(T, V)`, and whether greedy decoding would write it."""
     ids = torch.tensor(target, device=log_probs.device)
     chosen = log_probs.gather(1, ids[:, None])
-    return chosen.double().sum().item(), bool((log_probs.argmax(-1) == ids).all())
+    # `generate` never writes the image token, however likely it is.
+    written = log_probs.index_fill(1, ids.new_tensor([image_token_id]), -torch.inf).argmax(-1)
+    return chosen.double().sum().item(), bool((written == ids).all())

@@ -115,6 +115,23 @@ def test_each_single_token_scores_as_the_next_one(answerer):
     assert sum(is_greedy for _, is_greedy in scores) <= 1 and len(words) > 50
 
 
+def test_what_greedy_decoding_writes_is_greedy(answerer):
+    """`generate` never writes the image token, which an untrained model may find the likeliest."""
+    model, image_token_id = answerer.model, answerer.processor.image_token_id
+    (letter,) = answerer.processor.tokenizer("e", add_special_tokens=False)["input_ids"]
+
+    def prefer(module, args, logits):
+        return logits.index_fill(-1, torch.tensor([image_token_id]), 1e3).index_fill(-1, torch.tensor([letter]), 9e2)
+
+    handle = model.lm_head.register_forward_hook(prefer)
+    try:
+        written = answerer.answer(CHATS[1:2], max_new_tokens=2)
+        scores = answerer.log_likelihoods([CHATS[1]] * 2, [*written, "ed"])
+    finally:
+        handle.remove()
+    assert written == ["ee"] and [is_greedy for _, is_greedy in scores] == [True, False]
+
+
 def test_options_are_as_kits_mean_them():
     assert generation_options({}) == {"do_sample": False}
     given = {"temperature": 0, "top_p": 0.9, "num_beams": 1, "max_new_tokens": None}
