@@ -98,7 +98,9 @@ def _result_files(folder: Path, name: str) -> list[tuple[str, Path]]:
     judge = "(?:_[^_]+)?" if name in JUDGED else ""
     datasets = "|".join(map(re.escape, ROWS[name].datasets))
     pattern = re.compile(rf"(.+)_(?:{datasets}){judge}_{re.escape(ROWS[name].file)}")
-    found = [(pattern.fullmatch(path.name), path) for path in sorted(folder.rglob(f"*_{ROWS[name].file}"))]
+    # Some versions of the kit link each run's files into the model's folder: one file by two names.
+    files = {path.resolve(): path for path in sorted(folder.rglob(f"*_{ROWS[name].file}"), reverse=True)}
+    found = [(pattern.fullmatch(path.name), path) for path in reversed(files.values())]
     return [(match[1], path) for match, path in found if match]
 
 

@@ -126,6 +126,15 @@ def test_result_files_of_vlmevalkit(tmp_path, monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out)["AVE@18"] == 48.25
 
 
+def test_links_of_the_kit_are_the_files_that_they_name(tmp_path):
+    expected = scores_of(6)
+    run = tmp_path / "mmar-7b" / "T20250101_G0a1b2c3"
+    write_results(run, expected)
+    for path in [path for path in run.rglob("*") if path.is_file()]:
+        (tmp_path / "mmar-7b" / path.name).symlink_to(path)
+    assert read_results(tmp_path / "mmar-7b") == pytest.approx(expected, rel=1e-12)
+
+
 def test_what_is_missing_twice_or_broken_is_named(tmp_path):
     write_results(tmp_path, scores_of(6))
     (tmp_path / "mmar-7b_OCRBench_score.json").unlink()
