@@ -77,6 +77,11 @@ class MMARVQConfig(MMARConfig):
                 f"`vae_config` must be the whole config of a VQModel; {', '.join(missing)} missing. Take "
                 "`dict(vq.config)` of the trained tokenizer."
             )
+        # Of a single code there is no variance to scale to one.
+        for name, least in (("vq_embed_dim", 1), ("num_vq_embeddings", 2)):
+            value = self.vae_config[name]
+            if type(value) is not int or value < least:
+                raise ValueError(f"`vae_config[{name!r}]` must be an integer of at least {least}; got {value!r}.")
 
 
 class MMARVQModel(KeepsDtype, VQModel):

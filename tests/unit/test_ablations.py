@@ -235,6 +235,10 @@ def test_vq_config():
     assert (config.num_latents, config.latent_channels, config.num_codes) == (256, 8, 16384)
     with pytest.raises(StrictDataclassError, match="the whole config of a VQModel; num_vq_embeddings missing"):
         MMARVQConfig(**tiny_arguments() | {"vae_config": {k: v for k, v in VQ.items() if k != "num_vq_embeddings"}})
+    # A single code would be NaN at unit variance.
+    for name, value in (("num_vq_embeddings", 1), ("num_vq_embeddings", -3), ("vq_embed_dim", "4")):
+        with pytest.raises(StrictDataclassError, match=rf"`vae_config\['{name}'\]` must be an integer of at least"):
+            MMARVQConfig(**tiny_arguments() | {"vae_config": VQ | {name: value}})
 
 
 # --------------------------------------------------------------------------------------------------------- Transfusion
