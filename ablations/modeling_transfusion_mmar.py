@@ -140,6 +140,7 @@ class MMARTransfusionForConditionalGeneration(MMARForConditionalGeneration):
 
     In `forward` a picture with hidden latents is one to generate: all of its tokens carry noise, hidden or not, and
     the loss is that of the hidden ones. Train with all latents of such a picture hidden (`mask_ratio_min=0.999`).
+    `generate_images` draws all tokens in one round: of `num_ar_steps` and `order` it makes no use.
 
     Example:
 

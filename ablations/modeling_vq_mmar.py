@@ -128,7 +128,8 @@ class MMARVQForConditionalGeneration(MMARForConditionalGeneration):
     r"""
     MMAR on discrete image tokens; everything else is `MMARForConditionalGeneration`'s.
 
-    `latents` `(B, C, h, w)` are entries of the codebook, shifted and scaled to unit variance per channel.
+    `latents` `(B, C, h, w)` are entries of the codebook, shifted and scaled to unit variance per channel. A code is
+    drawn at once: of `num_inference_steps` and `scheduler` `generate_images` makes no use.
 
     Example:
 
