@@ -143,6 +143,13 @@ def choose_captions(rows: Sequence[dict[str, Any]], num_prompts: int, seed: int 
 # ----------------------------------------------------------------------------------------------------------- features
 
 
+def _reason(error: Exception) -> str:
+    """A reader's error in one line; torch's, of a file that is no plain data, would advise to run what is in it."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "it is broken, or holds code, which was not run"
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     r"""
     Reads weights as tensors and nothing else, whatever else is in the file.
@@ -168,10 +175,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
             raise TypeError("not all of it are tensors by name")
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, TypeError, EOFError, KeyError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"expected tensors by name in {str(path)!r}, as torch.save or safetensors writes them; got something else "
-            f"({reason}). Name another file."
+            f"({_reason(error)}). Name another file."
         ) from error
     return weights
 
@@ -343,10 +349,9 @@ def read_statistics(path: Path) -> dict[str, Any]:
         if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
             raise ValueError("they are NaN or infinite in places")
     except (pickle.UnpicklingError, RuntimeError, TypeError, KeyError, ValueError, EOFError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"expected `mu` (D,) and `sigma` (D, D) in {str(path)!r}; got something else ({reason}). Name an .npz of "
-            "them, a -stat-fid- file of torch-fidelity's cache, or a folder of pictures."
+            f"expected `mu` (D,) and `sigma` (D, D) in {str(path)!r}; got something else ({_reason(error)}). Name an "
+            ".npz of them, a -stat-fid- file of torch-fidelity's cache, or a folder of pictures."
         ) from error
     return {"mu": mu, "sigma": sigma, "about": about}
 
