@@ -28,7 +28,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..files import UNFINISHED, write_whole
+from ..files import UNFINISHED, check_folder, write_whole
 from ..modeling_mmar.generation_mmar import PRESETS
 from ..pipelines.pipeline_mmar import MMARPipeline
 from ..training.mixture import stable_hash
@@ -356,6 +356,7 @@ def draw_with(args: argparse.Namespace, prompts: Mapping[str, str], processes: P
     Returns:
         `str`: The model's fingerprint, as drawing.json has it.
     """
+    check_folder(args.out)
     kwargs = {} if args.dtype is None else {"dtype": getattr(torch, args.dtype)}
     pipe = MMARPipeline.from_pretrained(args.model, **kwargs).to(processes.device)
     options = {name: getattr(args, name) for name in OPTIONS}

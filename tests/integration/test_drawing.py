@@ -332,6 +332,13 @@ def result_line(tag, prompt, correct):
     return json.dumps({"filename": "a.png", "tag": tag, "prompt": prompt, "correct": correct, "metadata": prompt})
 
 
+def test_a_file_is_no_folder_to_draw_into(metadata, monkeypatch):
+    """That shows before a model is loaded, which would take minutes."""
+    for out in (metadata, metadata / "geneval"):
+        with pytest.raises(ValueError, match="expected a folder for --out; .*jsonl is a file. Name another"):
+            run(geneval, monkeypatch, "draw", "no/model", "--metadata", metadata, "--out", out)
+
+
 def test_scores_are_the_mean_over_tags(tmp_path, monkeypatch, capsys):
     lines = [result_line("counting", "two cups", hit) for hit in (True, False, False, False)]
     lines += [result_line("counting", "two cats", False) for _ in range(4)]
