@@ -32,7 +32,7 @@ def generation_options(options: dict[str, Any]) -> dict[str, Any]:
         `dict[str, Any]`: A new dict, with `do_sample`.
 
     Raises:
-        ValueError: If an argument is none of `GenerationConfig`.
+        ValueError: If an argument is none of `GenerationConfig`, or asks for several answers to a chat.
     """
     if unknown := sorted(set(options) - set(vars(GenerationConfig()))):
         raise ValueError(
@@ -40,6 +40,8 @@ def generation_options(options: dict[str, Any]) -> dict[str, Any]:
             f"{', '.join(unknown)}. Drop or rename them."
         )
     options = {name: value for name, value in options.items() if value is not None}
+    if (number := options.get("num_return_sequences", 1)) != 1:
+        raise ValueError(f"`num_return_sequences` must be 1, since kits take one answer; got {number!r}.")
     options.setdefault("do_sample", "temperature" in options)
     if options.get("temperature") == 0:
         options["do_sample"] = False

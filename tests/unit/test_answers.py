@@ -142,6 +142,9 @@ def test_options_are_as_kits_mean_them():
     assert generation_options({"temperature": 0.7, "do_sample": False}) == {"do_sample": False}
     with pytest.raises(ValueError, match="expected arguments of transformers' `GenerationConfig`.*got max_tokens"):
         generation_options({"max_tokens": 5})
+    assert generation_options({"num_return_sequences": 1})["num_return_sequences"] == 1
+    with pytest.raises(ValueError, match="`num_return_sequences` must be 1, .*; got 2"):
+        generation_options({"num_return_sequences": 2, "num_beams": 2})
 
 
 def test_what_cannot_be_answered_is_refused(answerer, tmp_path):
