@@ -423,7 +423,7 @@ def add_arguments(parser: Any) -> None:
 
 
 def open_study(args: Any) -> Study:
-    """The study that the words tell."""
+    """The study that the words tell; a `ValueError` tells what would stop it hours later."""
     if not 1 <= args.seeds <= len(STUDENT) + 1:
         raise ValueError(f"--seeds must be between 1 and {len(STUDENT) + 1}; got {args.seeds}.")
     if args.num_copies < 0 or (args.num_steps is not None and args.num_steps < 1):
@@ -431,6 +431,10 @@ def open_study(args: Any) -> Study:
             f"--num_steps must be at least 1, and --num_copies at least 0; got {args.num_steps} and {args.num_copies}."
         )
     check_plots(args.out)
+    check_folder(args.work, "--work")
+    judge = shlex.split(args.judge)
+    if not judge or not (judge[0].startswith("-") or Path(judge[0]).is_file()):
+        raise ValueError(f"expected a script, or `-m module ...`, for --judge; {args.judge!r} is not there.")
     return Study(args.config, args.data, args.test, args.vae, args.vq, args.judge, args.work, args.num_copies)
 
 

@@ -91,6 +91,8 @@ def main() -> None:
     args = parser.parse_args()
     study, figures = open_study(args), {}
     settings = {} if args.num_steps is None else {"max_steps": args.num_steps}
+    for system in args.systems:
+        study.config_of(Trial(system, 0))  # what is wrong with the last one shows before the first is trained
     # Seed by seed, so that a study that is stopped has compared something.
     for seed in range(args.seeds):
         for system in args.systems:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import AutoencoderKL, VQModel
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_commands import run, write_squares
@@ -318,6 +319,16 @@ def test_what_is_missing_is_told(parts, tmp_path, monkeypatch, in_process):
             run(table3, monkeypatch, *given, "--out", out)
         with pytest.raises(ValueError, match="expected a folder for --out; .*file is a file"):
             run(chessboard, monkeypatch, "--out", out)
+    with pytest.raises(ValueError, match="expected a folder for --work; .*file is a file"):
+        run(table3, monkeypatch, *given, "--work", tmp_path / "file")
+    for judge in ("none.py", ""):
+        with pytest.raises(ValueError, match=f"expected a script, or `-m module ...`, for --judge; '{judge}' is not"):
+            run(table3, monkeypatch, *given, "--judge", judge)
+    place = given.index("--vq")
+    with pytest.raises(ValueError, match="expected --vq, a folder of a trained VQModel"):
+        run(table3, monkeypatch, *given[:place], *given[place + 2 :])
+    with pytest.raises(StrictDataclassError, match="the whole config of a VQModel; num_vq_embeddings missing"):
+        run(table3, monkeypatch, *given, "--vq", parts / "vae")
     assert not (tmp_path / "work").exists() and not in_process
     without = Study(CONFIG, *[parts / "squares.parquet"] * 2, parts / "vae", None, "none.py", tmp_path / "work")
     with pytest.raises(ValueError, match="expected --vq, a folder of a trained VQModel"):
