@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from mmar import MMARConfig
+from mmar.command import run_command
+
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = sorted(
     path
-    for folder in ("benchmarks", "conversion", "evaluation", "training")
+    for folder in ("ablations", "benchmarks", "conversion", "evaluation", "training")
     for path in (ROOT / folder).rglob("*.py")
     if "__main__" in path.read_text(encoding="utf-8")
 )
@@ -88,6 +91,18 @@ def test_one_line_says_what_is_wrong(module, arguments, message):
     assert done.returncode == 1 and not done.stdout
     assert lines[-1].startswith(message) and lines[-1].endswith(" (MMAR_TRACEBACK=1 shows where)")
     assert "Traceback" not in done.stderr and sum(line.startswith("error:") for line in lines) == 1
+
+
+def test_a_config_that_fits_nothing_is_told(monkeypatch):
+    """What a strict config raises is no ValueError."""
+
+    def main():
+        MMARConfig(image_size=255)
+
+    monkeypatch.delenv("MMAR_TRACEBACK", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        run_command(main)
+    assert ended.value.code.startswith("error: Class validation error") and "`image_size`" in ended.value.code
 
 
 def test_traceback_when_asked():
