@@ -187,6 +187,8 @@ def main() -> None:
         parser.error(f"--num_codes, --num_steps and --batch_size must be at least 1; got {given}")
     if not (args.start / "config.json").is_file():
         parser.error(f"--start must be an AutoencoderKL's folder; there is no config.json in {args.start}")
+    if "num_vq_embeddings" in json.loads((args.start / "config.json").read_text()):
+        parser.error(f"--start must be an AutoencoderKL's folder; {args.start} holds a VQModel")
     check_folder(args.out)
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)

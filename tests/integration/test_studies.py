@@ -165,7 +165,7 @@ def test_a_trained_vq_tokenizer_is_kept(parts):
     assert VQModel.from_pretrained(parts / "vq").config.num_vq_embeddings == 8
 
 
-def test_what_a_vq_tokenizer_cannot_learn_from_or_be_written_to_is_told(parts, tmp_path, monkeypatch):
+def test_what_a_vq_tokenizer_cannot_learn_from_or_be_written_to_is_told(parts, tmp_path, monkeypatch, capsys):
     """Before the training, which takes most of an hour at its default length."""
     monkeypatch.setattr(train_vq, "train", lambda *arguments: pytest.fail("was trained"))
     given = ["--data", parts / "squares.parquet", "--start", parts / "vae", "--num_codes", 8]
@@ -175,6 +175,9 @@ def test_what_a_vq_tokenizer_cannot_learn_from_or_be_written_to_is_told(parts, t
     for out in (tmp_path / "file", tmp_path / "file" / "vq"):
         with pytest.raises(ValueError, match="expected a folder for --out; .*file is a file"):
             run(train_vq, monkeypatch, *given, "--out", out)
+    with pytest.raises(SystemExit):
+        run(train_vq, monkeypatch, *given, "--start", parts / "vq", "--out", tmp_path / "vq")
+    assert "--start must be an AutoencoderKL's folder; " in (told := capsys.readouterr().err) and "a VQModel" in told
 
 
 def test_a_vq_tokenizer_that_did_not_train_is_not_written(parts, tmp_path, monkeypatch):
