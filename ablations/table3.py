@@ -89,6 +89,8 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS))
     args = parser.parse_args()
+    if len(set(args.systems)) < len(args.systems):
+        parser.error(f"--systems must be different ones; got {' '.join(args.systems)}")
     study, figures = open_study(args), {}
     settings = {} if args.num_steps is None else {"max_steps": args.num_steps}
     for system in args.systems:

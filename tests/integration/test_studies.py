@@ -300,8 +300,12 @@ def test_guidance_sweep(parts, tmp_path, monkeypatch):
         run(cfg_sweep, monkeypatch, ROOT / "checkpoints/mmar-tiny", *options)
 
 
-def test_what_is_missing_is_told(parts, tmp_path, monkeypatch, in_process):
+def test_what_is_missing_is_told(parts, tmp_path, monkeypatch, in_process, capsys):
     given = words(parts, tmp_path)
+    # Two seeds would be counted as four, and the interval be too narrow.
+    with pytest.raises(SystemExit):
+        run(table3, monkeypatch, *given, "--systems", "mmar", "vq", "mmar")
+    assert "--systems must be different ones; got mmar vq mmar" in capsys.readouterr().err
     for option, message in (
         ("--data", "expected a parquet of rows for --data"),
         ("--vae", "expected a folder with a"),
