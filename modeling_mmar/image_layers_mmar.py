@@ -22,9 +22,6 @@ from .packed_linear_mmar import PackedLinear
 from .plora_mmar import MMARQwen2DecoderLayer, MMARQwen2Model, PLoRALinear
 
 
-# A change of weights that leaves no trace in a tensor's version is looked for in so many of its elements: a prime, or
-# they would often be whole rows apart, all in one column.
-NUM_PROBED_ELEMENTS = 67
 # Memory that must be free on a CUDA device, by what the merged weights take: they are summed in float32, and a picture
 # needs some too.
 ROOM = 1.25
@@ -75,7 +72,8 @@ class ImageWeights:
     def fit(cls, language_model: MMARQwen2Model) -> bool:
         """Whether there are merged weights already, or a CUDA device has room for them; elsewhere it is not known."""
         device, kept = language_model.embed_tokens.weight.device, cls._kept.get(language_model)
-        if device.type != "cuda" or (kept is not None and kept._is_current(language_model)):
+        # Others of the same tensors take the place of those that are there.
+        if device.type != "cuda" or (kept is not None and kept._state == _state_of(language_model)):
             return True
         free = torch.cuda.mem_get_info(device)[0]
         # What torch keeps and does not use is free too.
@@ -142,12 +140,12 @@ def _state_of(language_model: MMARQwen2Model) -> list[tuple]:
 
 @torch.no_grad()
 def _probe(language_model: MMARQwen2Model) -> Tensor:
-    """Sums of some elements of each weight: writes to `.data` are not counted."""
+    """The sum of each row of each weight: writes to `.data` are not counted, and may be to a few elements only."""
     sums = []
     for part in _sources(language_model):
-        flat = part.detach().flatten()
-        sums.append(flat[:: max(1, len(flat) // NUM_PROBED_ELEMENTS)].sum(dtype=torch.float32))
-    return torch.stack(sums).cpu()
+        dtype = torch.promote_types(part.dtype, torch.float32)
+        sums.append(part.sum(-1, dtype=dtype) if part.ndim > 1 else part.to(dtype))
+    return torch.cat(sums)
 
 
 @torch.no_grad()
