@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers import __version__ as diffusers_version
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
 from huggingface_hub import CommitInfo
 from PIL import Image
@@ -265,7 +266,8 @@ class MMARPipeline(DiffusionPipeline):
                 there, replace the partial ones.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `("latents",)`): What
                 `callback_kwargs` holds: `"latents"`, the partial ones `(B, C, h, w)`, zero where nothing is drawn, and
-                `"latent_mask"` `(B, N)`, True where nothing is drawn yet.
+                `"latent_mask"` `(B, N)`, True where nothing is drawn yet. A `PipelineCallback` of diffusers says it
+                itself.
             preset (`str`, *optional*): `"paper"`, `"balanced"` or `"fast"`, for the two step numbers, where
                 they are not given, and for the scheduler, in place of `pipe.scheduler`.
             order (`str`, *optional*, defaults to `"random"`): In which latents are drawn: `"random"`, as the model was
@@ -284,6 +286,9 @@ class MMARPipeline(DiffusionPipeline):
                 another prediction type or with a learned variance, and for latents that are NaN or infinite.
         """
         # 1. Check, and fill in the defaults.
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            # As every pipeline of diffusers does: these say themselves what they take.
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_inputs(
             prompt,
             negative_prompt,

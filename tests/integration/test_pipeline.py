@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import REPO, make_pipeline
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback, SDCFGCutoffCallback
 from diffusers.utils import logging as diffusers_logging
 from helpers import tiny_arguments
 from PIL import Image
@@ -191,6 +192,23 @@ def test_callback_changes_the_latents(pipe):
 
     drawn = latents(pipe, PROMPT, generator=seeded(), callback_on_step_end=callback)
     assert torch.equal(drawn, torch.ones_like(drawn))
+
+
+def test_diffusers_callbacks_say_what_they_take(pipe):
+    class Countdown(PipelineCallback):
+        tensor_inputs = ["latent_mask", "latents"]
+
+        def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+            left.append(int(callback_kwargs["latent_mask"].sum()))
+            return callback_kwargs
+
+    left, expected = [], latents(pipe, PROMPT, generator=seeded())
+    assert torch.equal(latents(pipe, PROMPT, generator=seeded(), callback_on_step_end=Countdown()), expected)
+    assert left[-1] == 0 and len(left) == 4
+    latents(pipe, PROMPT, generator=seeded(), callback_on_step_end=MultiPipelineCallbacks([Countdown(), Countdown()]))
+    assert len(left) == 12
+    with pytest.raises(ValueError, match="may hold latents, latent_mask; got prompt_embeds"):
+        pipe(PROMPT, callback_on_step_end=SDCFGCutoffCallback())
 
 
 def test_interrupt_returns_what_is_drawn(pipe):
