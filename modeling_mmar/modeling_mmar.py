@@ -283,6 +283,8 @@ class MMARModel(MMARPreTrainedModel):
         return outputs
 
     def _check_images(self, image_token_mask: Tensor | None, pictures: Tensor | None) -> None:
+        if image_token_mask is None and pictures is None:
+            return
         num_tokens = 0 if image_token_mask is None else int(image_token_mask.sum())
         num_images = 0 if pictures is None else len(pictures)
         if num_tokens != num_images * self.config.num_latents:
@@ -778,23 +780,24 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             return self.vae.decode((latents.float() / scale + shift).to(self.vae.dtype)).sample.float()
 
     def _check_latents(self, latents: Tensor | None, latent_mask: Tensor | None) -> None:
+        if latents is None:
+            return
         shape = (self.config.latent_channels, self.config.latent_size, self.config.latent_size)
-        if latents is not None and latents.shape[1:] != shape:
+        if latents.shape[1:] != shape:
             raise ValueError(
                 f"`latents` must have the shape {('num_images', *shape)}, as `encode_images` makes them; got "
                 f"{tuple(latents.shape)}."
             )
-        if latents is not None and latent_mask is not None:
+        if latent_mask is not None:
             expected = (len(latents), self.config.num_latents)
             if latent_mask.shape != expected or latent_mask.dtype != torch.bool:
                 raise ValueError(
                     f"`latent_mask` must be a bool tensor of shape {expected}, True where a latent is hidden; got "
                     f"{latent_mask.dtype} of shape {tuple(latent_mask.shape)}."
                 )
-        if latents is not None:
-            finite = torch.isfinite(latents).all(1).flatten(1)  # (I, N); hidden latents are never read
-            if not bool((finite if latent_mask is None else finite | latent_mask.to(finite.device)).all()):
-                raise ValueError("expected finite pictures or latents; got NaN or infinite values. Check the input.")
+        finite = torch.isfinite(latents).all(1).flatten(1)  # (I, N); hidden latents are never read
+        if not bool((finite if latent_mask is None else finite | latent_mask.to(finite.device)).all()):
+            raise ValueError("expected finite pictures or latents; got NaN or infinite values. Check the input.")
 
     def _latent_shift_and_scale(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         config = self.vae.config
@@ -1077,7 +1080,10 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         if reads_pictures:
             given = {"latents": latents, "image_token_mask": image_token_mask}
             kwargs |= {name: value for name, value in given.items() if value is not None}
-        if kwargs.get("mm_token_type_ids") is None:
+        if kwargs.get("next_sequence_length") == 1:
+            # A decoding step needs no mask of pictures, and looking for them would sync.
+            kwargs["mm_token_type_ids"] = None
+        elif kwargs.get("mm_token_type_ids") is None:
             is_image = input_ids == self.config.image_token_id
             if inputs_embeds is not None and is_first_iteration:
                 is_image = torch.zeros(inputs_embeds.shape[:2]) if image_token_mask is None else image_token_mask

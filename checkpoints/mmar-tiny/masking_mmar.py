@@ -73,6 +73,8 @@ def cached_position_ids(cache: Cache | None, batch: int) -> Tensor:
             f"the cache holds the positions of {len(position_ids)} rows; got {batch}. Read the prompt again."
         )
     position_ids = position_ids[:, :past_length]
+    if position_ids.shape[1] == past_length:
+        return position_ids
     # Tokens that passed by unnoticed (a compiled decoding step) are text: each takes the next position.
     start = position_ids.amax(-1, keepdim=True) + 1 if position_ids.shape[1] else 0
     missing = torch.arange(past_length - position_ids.shape[1], device=position_ids.device).expand(batch, -1)

@@ -14,8 +14,9 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
 )
-from helpers import IMAGE, image_marks, random_latents, random_text, seeded, tiny_model
+from helpers import IMAGE, image_marks, qwen2_of, random_latents, random_text, seeded, tiny_model
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, TextIteratorStreamer, TextStreamer
 from transformers.cache_utils import DynamicCache, StaticCache
 
@@ -105,6 +106,39 @@ def test_every_cache_gives_the_same_logits(model, prompt):
     for cache in ({}, {"cache_implementation": "static"}):
         logits = torch.stack(model.generate(**prompt, **cache, **settings).logits)
         torch.testing.assert_close(logits, reference, atol=ATOL, rtol=0)
+
+
+class CountOfSyncs(TorchDispatchMode):
+    """How many operations are called, and how many of them wait for a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = {"all": 0, "syncs": 0}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts["all"] += 1
+        self.counts["syncs"] += any(name in str(function) for name in ("_local_scalar_dense", "nonzero", "equal"))
+        return function(*args, **(kwargs or {}))
+
+
+def counts_per_token(model, prompt, **settings):
+    counts = []
+    for number in (4, 12):
+        with CountOfSyncs() as mode:
+            model.generate(**prompt, max_new_tokens=number, do_sample=False, **settings)
+        counts.append(mode.counts)
+    return {name: (counts[1][name] - counts[0][name]) / 8 for name in counts[0]}
+
+
+# A static cache that is not compiled counts its tokens on the device, and positions are looked up by that number.
+@pytest.mark.parametrize(("settings", "more_syncs"), [({}, 0), ({"cache_implementation": "static"}, 1)], ids=str)
+def test_a_decoding_step_does_little_more_than_qwen2s(model, settings, more_syncs):
+    prompt = {"input_ids": random_text(1, 9)}
+    expected = counts_per_token(qwen2_of(model), prompt, **settings)
+    got = counts_per_token(model, prompt, **settings)
+    assert got["syncs"] <= expected["syncs"] + more_syncs
+    # The image token is suppressed (4), positions are kept (3), and a static cache is asked for their number (1).
+    assert got["all"] <= expected["all"] + 8
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str)
