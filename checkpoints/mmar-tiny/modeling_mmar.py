@@ -878,6 +878,11 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         _check_tensors(tensors, self.config.text_config.vocab_size)
         if pixel_values is not None and latents is not None:
             raise ValueError("expected at most one of `pixel_values` and `latents`; pass one of them.")
+        # Collated with other batches in mind, a batch of texts may bring no pictures as an empty tensor.
+        pixel_values, latents, latent_mask = (
+            None if value is not None and value.shape[:1] == (0,) else value
+            for value in (pixel_values, latents, latent_mask)
+        )
 
         # 1. Encode latents: the posterior is sampled in training, its mode is read at inference.
         if pixel_values is not None:

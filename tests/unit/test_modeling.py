@@ -471,6 +471,30 @@ def test_text_in_a_batch_with_pictures_equals_qwen2(model, batch):
 # ---------------------------------------------------------------------------------------------------------- errors
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["pixel_values", "latents"])
+@pytest.mark.parametrize("is_training", [False, True])
+def test_no_pictures_as_an_empty_tensor(model, name, is_training):
+    size = model.config.image_size if name == "pixel_values" else model.config.latent_size
+    channels = 3 if name == "pixel_values" else model.config.latent_channels
+    pictures = {name: torch.zeros(0, channels, size, size), "latent_mask": torch.zeros(0, 16, dtype=torch.bool)}
+    ids = random_text(2, 5)
+    model.train(is_training)
+    try:
+        got, expected = model(ids, labels=ids, **pictures), model(ids, labels=ids)
+    finally:
+        model.eval()
+    assert torch.equal(got.loss, expected.loss) and got.image_hidden_states is None
+    if is_training:
+        return
+    del pictures["latent_mask"]
+    settings = {"max_new_tokens": 3, "do_sample": False, "num_beams": 2}
+    assert torch.equal(model.generate(ids, **pictures, **settings), model.generate(ids, **settings))
+    # Marks without pictures are still told of.
+    with pytest.raises(ValueError, match="for each of the 0 pictures given; got 32 image tokens"):
+        model(image_marks(model, 2), **pictures)
+
+
 def test_wrong_number_of_pictures(model, batch):
     ids = batch["input_ids"]
     for latents, message in (
