@@ -148,7 +148,13 @@ class PreparedHead:
 
 def start_schedule(scheduler: Any, num_inference_steps: int, device: torch.device) -> None:
     """Sets a scheduler's timesteps, the first one to be taken next."""
-    scheduler.set_timesteps(num_inference_steps, device=device)
+    try:
+        scheduler.set_timesteps(num_inference_steps, device=device)
+    except ValueError as error:
+        raise ValueError(
+            f"`num_inference_steps` {num_inference_steps} is not what {type(scheduler).__name__} takes ({error}). "
+            "Take more steps, or another scheduler."
+        ) from error
     # Left to look the first timestep up, it begins with the second of those that round to the same one, as Karras
     # sigmas do, and runs off the end.
     if hasattr(scheduler, "set_begin_index"):

@@ -13,6 +13,7 @@ from diffusers import (
     EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    PNDMScheduler,
 )
 from helpers import IMAGE, image_marks, qwen2_of, random_latents, random_text, seeded, tiny_model
 from torch._dynamo.utils import counters
@@ -629,6 +630,13 @@ def test_schedulers(model, name):
     ]  # fmt: skip
     together = draw(model, scheduler=scheduler, generator=[seeded(3), seeded(4)], num_inference_steps=6)
     torch.testing.assert_close(torch.cat(rows), together, atol=1e-4, rtol=1e-4)
+
+
+def test_a_scheduler_that_cannot_take_so_few_steps_is_named(model):
+    scheduler = PNDMScheduler.from_config(model.default_scheduler().config)
+    assert torch.isfinite(draw(model, scheduler=scheduler, num_inference_steps=4)).all()
+    with pytest.raises(ValueError, match="`num_inference_steps` 3 is not what PNDMScheduler takes"):
+        draw(model, scheduler=scheduler, num_inference_steps=3)
 
 
 def test_timesteps_that_round_to_the_same(model):
