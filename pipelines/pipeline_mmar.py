@@ -452,11 +452,13 @@ class MMARPipeline(DiffusionPipeline):
             folder (`str` or `os.PathLike`): Folder of the saved model; exists.
         """
         folder = Path(folder)
+        # A model wrapped by `torch.compile` is saved as itself.
+        model = getattr(self.model, "_orig_mod", self.model)
         self.scheduler.save_pretrained(folder / "scheduler")
         model_index = {
             "_class_name": [ENTRY_MODULE, type(self).__name__],
             "_diffusers_version": diffusers_version,
-            "model": ["transformers", type(self.model).__name__],
+            "model": ["transformers", type(model).__name__],
             "processor": ["transformers", type(self.processor).__name__],
             "scheduler": ["diffusers", type(self.scheduler).__name__],
         }

@@ -290,6 +290,17 @@ def test_swapped_scheduler_is_saved(tmp_path):
     assert torch.equal(latents(loaded, PROMPT, generator=seeded()), latents(pipe, PROMPT, generator=seeded()))
 
 
+def test_a_compiled_model_draws_and_is_saved_as_itself(pipe, tmp_path):
+    expected = latents(pipe, PROMPT, generator=seeded())
+    compiled = MMARPipeline(**pipe.components | {"model": torch.compile(pipe.model, backend="eager")})
+    torch.testing.assert_close(latents(compiled, PROMPT, generator=seeded()), expected)
+    compiled.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["model"] == ["transformers", "MMARForConditionalGeneration"]
+    reopened = MMARPipeline.from_pretrained(tmp_path)
+    torch.testing.assert_close(latents(reopened, PROMPT, generator=seeded()), expected)
+
+
 def test_casting_keeps_vae_and_positions_in_float32():
     pipe = make_pipeline().to(torch.bfloat16)
     assert pipe.dtype == torch.bfloat16
