@@ -19,7 +19,7 @@ from transformers.models.qwen2.modeling_qwen2 import rotate_half
 from .graphs_mmar import GraphCache
 from .masking_mmar import shared_position_ids
 from .packed_linear_mmar import PackedLinear
-from .plora_mmar import MMARQwen2DecoderLayer, MMARQwen2Model, PLoRALinear
+from .plora_mmar import MMARQwen2Attention, MMARQwen2DecoderLayer, MMARQwen2MLP, MMARQwen2Model, PLoRALinear
 
 
 # Memory that must be free on a CUDA device, by what the merged weights take: they are summed in float32, and a picture
@@ -98,12 +98,16 @@ def can_merge(language_model: nn.Module) -> bool:
     config = language_model.config
     if config.rope_parameters.get("rope_type", "default") != "default" or config._attn_implementation not in ATTENTION:
         return False
-    for module in (language_model, *language_model.layers.modules(), language_model.norm):
+    for module in (language_model, language_model.rotary_emb, *language_model.layers.modules(), language_model.norm):
         # accelerate, and others, put a `forward` of their own into the module.
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             return False
-    if not all(type(layer) is MMARQwen2DecoderLayer for layer in language_model.layers):
-        return False
+    # Another class may compute something else.
+    for layer in language_model.layers:
+        if type(layer) is not MMARQwen2DecoderLayer:
+            return False
+        if type(layer.self_attn) is not MMARQwen2Attention or type(layer.mlp) is not MMARQwen2MLP:
+            return False
     for linear in _linears(language_model):
         if type(linear) is not PLoRALinear or linear.weight.is_meta or not linear.weight.is_floating_point():
             return False

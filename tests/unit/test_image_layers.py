@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from mmar.modeling_mmar import packed_linear_mmar
 from mmar.modeling_mmar.denoising_mmar import Denoiser
 from mmar.modeling_mmar.image_layers_mmar import ImageWeights, MergedContext, PlainContext, can_merge
+from mmar.modeling_mmar.plora_mmar import MMARQwen2MLP
 
 
 # float32 sums in another order: states near 10 through three layers.
@@ -165,6 +166,39 @@ def test_what_cannot_be_merged(model):
     del norm.forward
     adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=2))
     assert not can_merge(adapted.get_base_model().model.language_model)
+
+
+class HalfMLP(MMARQwen2MLP):
+    def forward(self, *inputs):
+        return super().forward(*inputs) / 2
+
+
+class Half(torch.nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs, **kwargs):
+        return self.module(*inputs, **kwargs) / 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["class", "wrapper", "hook on RoPE"])
+def test_layers_of_another_class_are_not_merged(change):
+    model = tiny_model()
+    arguments = {"guidance_scale": 1, "num_ar_steps": 2, "num_inference_steps": 3, "output_type": "latent"}
+    before = model.generate_images(random_text(1, 6), **arguments, generator=seeded(0))
+    layer = model.model.language_model.layers[1]
+    if change == "class":
+        layer.mlp.__class__ = HalfMLP
+    elif change == "wrapper":
+        layer.mlp = Half(layer.mlp)
+    else:
+        model.model.language_model.rotary_emb.register_forward_hook(lambda _, __, turn: (turn[0] / 2, turn[1] / 2))
+    got = model.generate_images(random_text(1, 6), **arguments, generator=seeded(0))
+    expected = model.generate_images(random_text(1, 6), **arguments, generator=seeded(0), merge_image_weights=False)
+    torch.testing.assert_close(got, expected)
+    assert (got - before).abs().max() > 1e-3
 
 
 @torch.no_grad()
