@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .diffusion_mmar import MMARDiffusionMLP
+from .diffusion_mmar import MMARDiffusionBlock, MMARDiffusionMLP
 from .fused_head_mmar import can_fuse, fused_block, fused_output, plain_block, plain_output
 from .graphs_mmar import GraphCache, has_hooks
 
@@ -178,6 +178,12 @@ def step_noise(generator: torch.Generator, num_steps: int, num_tokens: int, chan
     return torch.stack(draws).view(shape) if draws else torch.zeros(shape, device=generator.device)
 
 
+def can_prepare(head: nn.Module) -> bool:
+    """Whether `PreparedHead` is the head: the parts are of the classes that it knows, and none waits for its call."""
+    is_known = type(head) is MMARDiffusionMLP and all(type(block) is MMARDiffusionBlock for block in head.blocks)
+    return is_known and not has_hooks(head)
+
+
 class Denoiser:
     r"""
     Draws tokens with one scheduler; what hangs on neither conditions nor noise is computed once.
@@ -196,9 +202,9 @@ class Denoiser:
         # Some schedulers take more steps than they are asked for.
         self._timesteps = self._scheduler.timesteps
         self._steps = LinearSteps.read_off(scheduler, num_inference_steps)
-        self._is_hooked = has_hooks(head)
+        self._is_whole = not can_prepare(head)
         self._graphs = GraphCache()
-        self._time_embeddings = None if self._is_hooked else head.timestep_embedding(self._timesteps)
+        self._time_embeddings = None if self._is_whole else head.timestep_embedding(self._timesteps)
 
     @property
     def num_steps(self) -> int:
@@ -235,13 +241,13 @@ class Denoiser:
         num_draws = sum(std != 0 for std in self._steps.noise_std)
         # (draws, M, C)
         noise = torch.cat([to_device(step_noise(own, num_draws, count, channels), z) for own in generators], dim=1)
-        if self._is_hooked:
+        if self._is_whole:
             return self._walk(is_guided, z, noisy_latents, scales, noise)
         return self._graphs.run(self._walk, is_guided, z, noisy_latents, scales, noise)
 
     def _predictor(self, is_guided: tuple[bool, ...], z: Tensor, scales: Tensor) -> Callable[[int, Tensor], Tensor]:
         """What predicts `(M, C)` from a step's number and noisy latents `(M, C)`, guided where it is to be."""
-        if self._is_hooked:
+        if self._is_whole:
             head = functools.partial(self._plain_head, z)
         else:
             head = PreparedHead(self._head, self._time_embeddings, z)

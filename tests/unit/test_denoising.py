@@ -7,6 +7,7 @@ from helpers import seeded, tiny_model
 
 from mmar.modeling_mmar import denoising_mmar
 from mmar.modeling_mmar.denoising_mmar import Denoiser, LinearSteps, PreparedHead, step_noise
+from mmar.modeling_mmar.diffusion_mmar import MMARDiffusionBlock, MMARDiffusionMLP
 
 
 # One float32 product summed in another order, values near 1.
@@ -134,6 +135,32 @@ def test_a_head_with_hooks_is_called_as_a_whole(model):
         handle.remove()
     assert len(calls) == 5
     torch.testing.assert_close(tokens, expected, atol=ATOL, rtol=ATOL)
+
+
+class LouderHead(MMARDiffusionMLP):
+    def forward(self, *inputs):
+        return 2 * super().forward(*inputs)
+
+
+class LouderBlock(MMARDiffusionBlock):
+    def forward(self, *inputs):
+        return 2 * super().forward(*inputs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["head", "block", "wrapped block"])
+def test_a_head_of_another_class_is_called_as_a_whole(part):
+    model, scheduler = tiny_model(), LINEAR["DDPM"]
+    head, z = model.diffusion_mlp, conditions(model, 4)
+    if part == "head":
+        head.__class__ = LouderHead
+    elif part == "block":
+        head.blocks[1].__class__ = LouderBlock
+    else:
+        head.blocks[1] = torch.compile(head.blocks[1], backend="eager")
+    tokens = Denoiser(head, scheduler, 5, torch.device("cpu"))(z, [2.0] * 5, [seeded(0)])
+    expected = plain_tokens(model, scheduler, z, [2.0] * 5, [seeded(0)], 5)
+    torch.testing.assert_close(tokens, expected, atol=2e-5, rtol=2e-5)
 
 
 @torch.no_grad()
