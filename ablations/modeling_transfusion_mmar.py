@@ -228,7 +228,6 @@ class MMARTransfusionForConditionalGeneration(MMARForConditionalGeneration):
         noise = [torch.randn(shape, generator=own, device=own.device).to(device) for own in run.generators]
         noisy_latents = torch.stack(noise) * scheduler.init_noise_sigma
         num_steps = len(scheduler.timesteps)
-        scales = run.scales(1.0, num_steps) if run.is_guided else [1.0] * num_steps
         branches = 2 if run.is_guided else 1
         everywhere = torch.arange(num_latents, device=device).expand(branches * batch, -1)
         for step, timestep in enumerate(scheduler.timesteps):
@@ -239,7 +238,7 @@ class MMARTransfusionForConditionalGeneration(MMARForConditionalGeneration):
             prediction = self.noise_head(z.to(self.noise_head.weight.dtype)).float()
             if run.is_guided:
                 conditional, unconditional = prediction.chunk(2)
-                prediction = torch.lerp(unconditional, conditional, scales[step])
+                prediction = torch.lerp(unconditional, conditional, run.scales(1.0, num_steps)[step])
             noisy_latents = scheduler.step(prediction, timestep, noisy_latents, **step_kwargs).prev_sample
             hidden = run.hidden if step < num_steps - 1 else torch.zeros_like(run.hidden)
             noisy_latents, is_interrupted = self.call_back(run, step, num_steps, noisy_latents, hidden)

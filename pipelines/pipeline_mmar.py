@@ -263,7 +263,8 @@ class MMARPipeline(DiffusionPipeline):
             callback_on_step_end (`Callable`, *optional*): Called after each autoregressive step as
                 `callback(pipe, step, step, callback_kwargs)`. The step comes twice, since diffusers' third argument
                 is a timestep, of which every step here runs through all. It returns a dict, whose "latents", if
-                there, replace the partial ones.
+                there, replace the partial ones. `pipe._guidance_scale`, set in it, holds for the steps that follow;
+                in a call that began with guidance.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `("latents",)`): What
                 `callback_kwargs` holds: `"latents"`, the partial ones `(B, C, h, w)`, zero where nothing is drawn, and
                 `"latent_mask"` `(B, N)`, True where nothing is drawn yet. A `PipelineCallback` of diffusers says it
@@ -334,7 +335,10 @@ class MMARPipeline(DiffusionPipeline):
                 if callback_on_step_end is not None:
                     values = {"latents": partial, "latent_mask": mask}
                     callback_kwargs = {name: values[name] for name in callback_on_step_end_tensor_inputs}
+                    guidance_before = self._guidance_scale
                     changed = callback_on_step_end(self, step, step, callback_kwargs)
+                    if self._guidance_scale != guidance_before and isinstance(changed, dict | None):
+                        changed = {**(changed or {}), "guidance_scale": self._guidance_scale}
                 if self.interrupt and isinstance(changed, dict | None):
                     changed = {**(changed or {}), "interrupt": True}
                 return changed

@@ -86,7 +86,8 @@ class ImageRun:
 
     def scales(self, drawn_share: float, num_steps: int) -> list[float]:
         """Guidance of each diffusion step, once so much of the picture is drawn; 1 outside the interval of shares."""
-        scale = float(self.guidance_scale)
+        # A callback may have turned guidance off.
+        scale = max(1.0, float(self.guidance_scale))
         if self.guidance_schedule == "linear":
             scale = 1 + (scale - 1) * drawn_share
         first, last = self.guidance_interval
@@ -215,7 +216,8 @@ class MMARImageGenerationMixin:
                 picture. Defaults to everywhere.
             callback (`Callable`, *optional*): Called after each round with its index, the number of rounds, the
                 partial latents `(B, C, h, w)` and the mask `(B, N)` of what is still hidden. It may return a dict with
-                "latents" to go on with, and "interrupt", True to stop here.
+                "latents" to go on with, "guidance_scale" of what follows (in a call that began with guidance), and
+                "interrupt", True to stop here.
             output_type (`str`, *optional*, defaults to `"pt"`): "pt" for pictures, "latent" for latents.
             preset (`str`, *optional*): A key of `PRESETS`, for the two step numbers and the scheduler; what is given
                 wins.
@@ -373,6 +375,14 @@ class MMARImageGenerationMixin:
             return tokens, False
         partial = self._as_latents(tokens)
         changed = _checked_changes(run.callback(step, num_steps, partial, hidden.clone()), partial)
+        if "guidance_scale" in changed:
+            run.guidance_scale = changed["guidance_scale"]
+            _check_guidance(run.guidance_scale, run.guidance_schedule, run.guidance_interval)
+            if run.guidance_scale > 1 and not run.is_guided:
+                raise ValueError(
+                    f"the callback must leave guidance off in a call that began without; got `guidance_scale` "
+                    f"{run.guidance_scale}. Begin with one above 1."
+                )
         return changed["latents"].to(tokens).flatten(2).transpose(1, 2), changed["interrupt"]
 
     def _start(
@@ -595,15 +605,17 @@ def _generator_per_image(
 
 
 def _checked_changes(changed: Any, partial: Tensor) -> dict[str, Any]:
-    """What a callback returned, completed: "latents" of the shape of `partial`, and "interrupt"."""
+    """What a callback returned, with "latents" of the shape of `partial` and "interrupt" in any case."""
     changed = {} if changed is None else changed
     if not isinstance(changed, dict):
         raise ValueError(
             f"the callback must return None or a dict; got {type(changed).__name__}. Return the `callback_kwargs` that"
             " it was given."
         )
-    if unknown := sorted(changed.keys() - {"latents", "latent_mask", "interrupt"}):
-        raise ValueError(f"the callback may return `latents` and `interrupt`; got {', '.join(map(str, unknown))}.")
+    if unknown := sorted(changed.keys() - {"latents", "latent_mask", "guidance_scale", "interrupt"}):
+        raise ValueError(
+            f"the callback may return `latents`, `guidance_scale` and `interrupt`; got {', '.join(map(str, unknown))}."
+        )
     latents = changed.get("latents", partial)
     if not isinstance(latents, Tensor) or latents.shape != partial.shape:
         got = f"{tuple(latents.shape)}" if isinstance(latents, Tensor) else type(latents).__name__
@@ -613,7 +625,7 @@ def _checked_changes(changed: Any, partial: Tensor) -> dict[str, Any]:
         )
     if latents is not partial and not bool(torch.isfinite(latents).all()):
         raise ValueError("the callback must return finite latents; got NaN or infinite values.")
-    return {"latents": latents, "interrupt": bool(changed.get("interrupt", False))}
+    return {**changed, "latents": latents, "interrupt": bool(changed.get("interrupt", False))}
 
 
 def _stack_left_padded(

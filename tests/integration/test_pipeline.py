@@ -194,6 +194,28 @@ def test_callback_changes_the_latents(pipe):
     assert torch.equal(drawn, torch.ones_like(drawn))
 
 
+def test_callback_changes_the_guidance(pipe):
+    """As callbacks of dynamic guidance do in diffusers."""
+
+    def turn_off(pipeline, step, timestep, callback_kwargs):
+        if step == 1:
+            pipeline._guidance_scale = 0.0
+        return callback_kwargs
+
+    drawn = latents(pipe, PROMPT, guidance_scale=3.0, generator=seeded(), callback_on_step_end=turn_off)
+    assert pipe.guidance_scale == 0.0 and not pipe.do_classifier_free_guidance
+    inputs = pipe.processor.generation_inputs([PROMPT], [""])
+    expected = pipe.model.generate_images(
+        **inputs,
+        guidance_scale=3.0,
+        generator=seeded(),
+        callback=lambda step, *args: {"guidance_scale": 1.0} if step == 1 else None,
+        output_type="latent",
+    )
+    assert torch.equal(drawn, expected)
+    assert not torch.equal(drawn, latents(pipe, PROMPT, guidance_scale=3.0, generator=seeded()))
+
+
 def test_diffusers_callbacks_say_what_they_take(pipe):
     class Countdown(PipelineCallback):
         tensor_inputs = ["latent_mask", "latents"]

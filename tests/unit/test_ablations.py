@@ -147,6 +147,24 @@ def test_callback_and_interrupt(system):
     assert [entry[0] for entry in seen] == [0, 1] and seen[0][2] == (2, 4, 4, 4)
 
 
+def test_callback_turns_guidance_off(system):
+    _, model = system
+
+    def turn_off(step, num_steps, latents, hidden):
+        return {"guidance_scale": 0.0} if step == 0 else None
+
+    constant, unguided, changed = (
+        draw(model, generator=seeded(0), output_type="latent", **arguments)
+        # Strong, since of an untrained model both predictions are alike.
+        for arguments in (
+            {"guidance_scale": 100.0},
+            {"guidance_scale": 1.0},
+            {"guidance_scale": 100.0, "callback": turn_off},
+        )
+    )
+    assert not torch.equal(changed, constant) and not torch.equal(changed, unguided)
+
+
 def test_text_about_a_picture(system):
     _, model = system
     batch = batch_of(model)

@@ -22,9 +22,9 @@ from transformers import CompileConfig, TextIteratorStreamer, TextStreamer
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from mmar.modeling_mmar.denoising_mmar import PreparedHead
-from mmar.modeling_mmar.generation_mmar import PRESETS
+from mmar.modeling_mmar.generation_mmar import PRESETS, ImageRun
 from mmar.modeling_mmar.image_layers_mmar import MergedContext
-from mmar.modeling_mmar.masking_mmar import shared_position_ids
+from mmar.modeling_mmar.masking_mmar import shared_position_ids, tokens_per_step
 
 
 # Float32 sums in another order: logits near 5 through three layers, about a hundred roundings of 2^-24.
@@ -506,6 +506,28 @@ def test_callback_may_change_the_latents(model):
     assert torch.equal(draw(model, generator=seeded(0), callback=double), output * 2)
 
 
+@pytest.mark.parametrize(("scale", "meant"), [(0.0, 1.0), (1, 1.0), (3.5, 3.5)])
+def test_callback_may_change_the_guidance(model, monkeypatch, scale, meant):
+    def change(step, steps, latents, hidden):
+        return {"guidance_scale": scale} if step == 0 else None
+
+    changed = draw(model, generator=seeded(0), callback=change)
+    constant = draw(model, generator=seeded(0))
+    # 14 of 16 tokens are left after the first of three rounds, and there they differ.
+    num_same = (changed == constant).all(1).flatten(1).sum(-1)
+    first_round = tokens_per_step(16, 3)[0]
+    assert num_same.tolist() == [first_round] * 2
+    monkeypatch.setattr(
+        ImageRun, "scales", lambda run, share, steps: [2.0 if share == first_round / 16 else meant] * steps
+    )
+    assert torch.equal(changed, draw(model, generator=seeded(0)))
+
+
+def test_callback_cannot_begin_guidance(model):
+    with pytest.raises(ValueError, match="must leave guidance off in a call that began without; .* 2. Begin with one"):
+        draw(model, guidance_scale=1.0, callback=lambda *args: {"guidance_scale": 2})
+
+
 def test_defaults_come_from_the_config(model):
     ids, null = random_text(1, 5), random_text(1, 3)
     steps = []
@@ -856,7 +878,8 @@ def test_known_nan_latents_raise(model):
         ),
         ({"guidance_scale": True}, "finite number of at least 0; got True"),
         ({"callback": 5}, "`callback` must be callable; got 5"),
-        ({"callback": lambda *args: {"latent": 0}}, "may return `latents` and `interrupt`; got latent"),
+        ({"callback": lambda *args: {"latent": 0}}, "may return `latents`, .* and `interrupt`; got latent"),
+        ({"callback": lambda *args: {"guidance_scale": "2"}}, "`guidance_scale` must be a finite number .* got '2'"),
         (
             {"callback": lambda step, steps, partial, mask: {"latents": partial * float("nan")}},
             "the callback must return finite latents",
