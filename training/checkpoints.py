@@ -76,14 +76,16 @@ def fault(checkpoint: str | Path) -> str | None:
     if (checkpoint / MANIFEST_FILE).is_file():
         try:
             sizes = json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8"))
-        except ValueError as error:
+        # OSError: a training that still runs may remove it meanwhile.
+        except (OSError, ValueError) as error:
             return f"{MANIFEST_FILE} cannot be read ({error})"
         for name, size in sizes.items():
-            path = checkpoint / name
-            if not path.is_file():
+            try:
+                found = (checkpoint / name).stat().st_size
+            except OSError:
                 return f"{name} is missing"
-            if path.stat().st_size != size:
-                return f"{name} has {path.stat().st_size} bytes in place of {size}"
+            if found != size:
+                return f"{name} has {found} bytes in place of {size}"
     for path in checkpoint.glob("*.safetensors"):
         try:
             with safe_open(path, framework="pt"):

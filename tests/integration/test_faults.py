@@ -127,6 +127,22 @@ def test_a_broken_checkpoint_is_passed_over(two_checkpoints, spoil, message):
     assert last_whole_checkpoint(folder) == str(folder / "checkpoint-4")  # written anew
 
 
+def test_a_checkpoint_that_is_removed_meanwhile_is_passed_over(two_checkpoints, monkeypatch):
+    """As by the training that still runs, under the eyes of who looks for its last checkpoint."""
+    folder, _ = two_checkpoints
+    is_file = Path.is_file
+
+    def is_file_still(path):
+        found = is_file(path)
+        if path == folder / "checkpoint-4" / MANIFEST_FILE:
+            shutil.rmtree(path.parent)
+        return found
+
+    monkeypatch.setattr(Path, "is_file", is_file_still)
+    with pytest.warns(UserWarning, match="checkpoint-4 is not whole: manifest.json cannot be read"):
+        assert last_whole_checkpoint(folder) == str(folder / "checkpoint-2")
+
+
 def test_checkpoints_without_a_manifest_are_looked_into(two_checkpoints):
     folder, _ = two_checkpoints
     for name in ("checkpoint-2", "checkpoint-4"):
