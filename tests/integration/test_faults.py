@@ -53,7 +53,7 @@ def train(folder, moment=None):
 def train_killed(folder, moment):
     process = multiprocessing.get_context("forkserver").Process(target=train, args=(folder, moment))
     process.start()
-    process.join(120)
+    process.join(600)
     return process.exitcode
 
 
@@ -246,7 +246,7 @@ def test_a_shard_that_disappears_ends_the_training(tmp_path):
         while last_whole_checkpoint(tmp_path / "run") is None and process.poll() is None:
             time.sleep(0.1)
         (tmp_path / "shard-1.tar").unlink()
-        _, said = process.communicate(timeout=120)
+        _, said = process.communicate(timeout=600)
     finally:
         process.kill()
     assert process.returncode == 1
