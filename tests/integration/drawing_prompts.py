@@ -6,7 +6,7 @@ from mmar import MMARPipeline
 from mmar.evaluation.drawing import draw_pictures
 
 
-NUM_PICTURES, BATCH_SIZE = 24, 2
+NUM_PICTURES, BATCH_SIZE = 8, 2
 PROMPTS = {f"pictures/{i:02d}.png": f"an emoji of thing {i} in noto style" for i in range(NUM_PICTURES)}
 ARGUMENTS = {"num_ar_steps": 16, "num_inference_steps": 25}
 

@@ -4,9 +4,9 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -197,19 +197,15 @@ def test_rows_are_spread():
 
 
 def test_a_killed_run_loses_the_batch_in_flight_only(tmp_path, monkeypatch):
-    command = [sys.executable, str(ROOT / "tests/integration/drawing_prompts.py"), str(tmp_path / "killed")]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
-    pictures, end = tmp_path / "killed" / "pictures", time.monotonic() + 600
-    while len(list(pictures.glob("*.png"))) < 3 and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.01)
-    process.kill()
-    assert process.wait() == -9
+    # In the fifth file: the manifest, a batch, and one picture of the next are there.
+    command = [sys.executable, str(ROOT / "tests/killed.py"), "5"]
+    command += [str(ROOT / "tests/integration/drawing_prompts.py"), str(tmp_path / "killed")]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     left = contents(tmp_path / "killed")
-    assert 3 <= len(left) < NUM_PICTURES
+    assert list(left) == list(PROMPTS)[:3] and BATCH_SIZE == 2 and list(tmp_path.rglob("*.unfinished"))
     monkeypatch.chdir(ROOT)
-    assert draw(tmp_path / "killed") == NUM_PICTURES - len(left)
-    # Batches were drawn in order, and all but the last are whole.
-    assert list(left) == list(PROMPTS)[: len(left)] and BATCH_SIZE == 2
+    assert draw(tmp_path / "killed") == NUM_PICTURES - 3
     assert draw(tmp_path / "unbroken") == NUM_PICTURES
     assert contents(tmp_path / "killed") == contents(tmp_path / "unbroken")
     assert not list(tmp_path.rglob("*.unfinished"))

@@ -5,9 +5,10 @@ import io
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -468,12 +469,11 @@ def test_the_command_killed_and_finished(tmp_path, model, processor, monkeypatch
         run_command(latents.main)
         return capsys.readouterr().out
 
-    running = subprocess.Popen([sys.executable, "-m", "mmar.training.latents", *words, str(killed)])
-    while len(list(killed.glob("latents-*.safetensors"))) < 2:
-        assert running.poll() is None
-        time.sleep(0.002)
-    running.kill()
-    running.wait()
+    # In the fourth file: the index and two shards are there.
+    command = [sys.executable, str(Path(__file__).parents[1] / "killed.py"), "4", "mmar.training.latents"]
+    done = subprocess.run([*command, *words, str(killed)], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(list(killed.glob("latents-*.safetensors"))) == 2 and list(killed.glob(".*.unfinished"))
     message = "expected 100 shards .* are missing.*To go on: python -m mmar.training.latents .* --columns image=photo"
     with pytest.raises(ValueError, match=message):
         LatentCache(killed)
