@@ -17,6 +17,8 @@ from urllib.parse import unquote, urlsplit
 # The one commit of a folder that is served as it is.
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LFS_SUFFIXES = (".safetensors", ".png", ".parquet")
+# Seconds for the file that uploads wait for: who waits for the uploads in turn makes no end of it.
+MAX_WAIT = 120
 
 
 @dataclass
@@ -42,8 +44,9 @@ class Hub:
         # Sizes of the uploads so far, and after how many they break.
         self.uploads: list[str] = []
         self.break_after: int | None = None
-        # Seconds between a client's hashes of its files and their uploads.
+        # What lies between a client's hashes of its files and their uploads: seconds, and until a file is there.
         self.delay = 0.0
+        self.waits_for: Path | None = None
         self.uploading = threading.Lock()
 
     def repo(self, name: str) -> Repo | None:
@@ -188,6 +191,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _batch(self, asked: dict[str, Any]) -> None:
         objects = []
         time.sleep(self.hub.delay)
+        end = time.monotonic() + MAX_WAIT
+        while self.hub.waits_for is not None and not self.hub.waits_for.exists() and time.monotonic() < end:
+            time.sleep(0.01)
         for entry in asked["objects"]:
             found = {"oid": entry["oid"], "size": entry["size"]}
             if entry["oid"] not in self.hub.blobs:

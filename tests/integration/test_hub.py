@@ -1,5 +1,6 @@
 """Uploads with the real client to a Hub on the loopback address, and what comes back from there."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import REPO, SHARDED_REPO
 from fresh import run_fresh
-from hub_server import Hub, serve
+from hub_server import LFS_SUFFIXES, Hub, serve
 from huggingface_hub import ModelCard
 
 
@@ -82,7 +83,11 @@ def test_whole_folder_arrives_as_one_commit(pushed, hub, hub_root):
 
 
 def test_weights_are_uploaded_once(pushed, hub):
-    assert len(hub.uploads) == len(set(hub.uploads)) == 1
+    """Of five pushes, and whatever else the tests have pushed; nothing else of a folder is uploaded by itself."""
+    files = hub.repos["me/pipe.v1"].commits[pushed[0]]
+    weights = {hashlib.sha256(data).hexdigest() for name, data in files.items() if name.endswith(LFS_SUFFIXES)}
+    assert len(weights) == 1 and hub.uploads.count(weights.pop()) == 1
+    assert len(hub.uploads) == len(set(hub.uploads))
 
 
 def test_card_is_made(pushed, hub):
@@ -247,12 +252,18 @@ result = MMARPipeline.from_pretrained("with_card").push_to_hub("me/card").oid
 
 
 def training(max_steps: int, **arguments) -> str:
-    """Code of a training that pushes at each step; leaves what its trainer logged and its folders of checkpoints."""
+    """Code of a training that pushes at each step; leaves what its trainer logged and its folders of checkpoints. The
+    file `saved` is there once the last checkpoint is."""
     return f"""
 import logging, sys
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from squares import make_processor, make_trainer
+from transformers import TrainerCallback
+class Saved(TrainerCallback):
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == state.max_steps:
+            Path("saved").touch()
 logged = []
 handler = logging.Handler()
 handler.emit = lambda record: logged.append(record.getMessage())
@@ -261,6 +272,7 @@ trainer = make_trainer(
     "run", make_processor(), max_steps={max_steps}, save_strategy="steps", save_steps=1, push_to_hub=True,
     hub_model_id="me/training", **{arguments!r}
 )
+trainer.add_callback(Saved())
 trainer.train()
 result = [logged, sorted(path.name for path in Path("run").glob("checkpoint-*"))]
 """
@@ -290,9 +302,9 @@ result.append(str(MMARPipeline.from_pretrained("me/training").model.dtype))
 
 
 def test_a_training_does_not_wait_for_uploads(tmp_path):
-    """Steps meanwhile are not pushed; a checkpoint stays until it is uploaded."""
+    """Steps meanwhile are not pushed; a checkpoint stays until it is uploaded, here after the last one is saved."""
     hub = Hub(token=TOKEN)
-    hub.delay = 3.0
+    hub.waits_for = tmp_path / "saved"
     with serve(hub) as url:
         logged, left = run_fresh(training(3, hub_strategy="checkpoint", save_total_limit=1), tmp_path, url, TOKEN)
     assert logged == [] and left == ["checkpoint-3"]
