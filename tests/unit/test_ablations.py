@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -198,7 +199,12 @@ latents = model.generate_images(text, negative_input_ids=null, guidance_scale=2.
     num_inference_steps=4, generator=[torch.Generator().manual_seed(s) for s in (0, 1)], output_type="latent")
 print(type(model).__name__, latents.double().sum().item())
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    # A home of its own: code of folders is kept there by the folder's name, which is this test's at every run.
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_MODULES_CACHE", None)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
     assert done.returncode == 0, done.stderr
     class_name, total = done.stdout.split()
     assert class_name == type(model).__name__
