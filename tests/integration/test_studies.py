@@ -5,7 +5,9 @@ import json
 import shlex
 import shutil
 import sys
+from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -63,6 +65,13 @@ def parts(tmp_path_factory):
         options = ["--data", data, "--eval_data", data, "--start", folder / "vae", "--out", folder / "vq"]
         run(train_vq, patch, *options, "--num_codes", 8, "--num_steps", 2, "--batch_size", 2)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def one_day_and_commit(monkeypatch):
+    """Pages are named by the day and tell the commit, either of which may be another one by the end of a test."""
+    monkeypatch.setattr(study, "date", SimpleNamespace(today=lambda: date(2026, 1, 31)))
+    monkeypatch.setattr(study, "commit", lambda: "0123abc")
 
 
 @pytest.fixture

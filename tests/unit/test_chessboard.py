@@ -1,6 +1,8 @@
 """The chessboard experiment: its data, what counts as an error, and a run that a test can afford."""
 
 import sys
+from datetime import date
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,6 +109,9 @@ def test_outcomes_are_kept(monkeypatch, tmp_path):
 
 
 def test_page_of_several_numbers_of_steps(monkeypatch, tmp_path, capsys):
+    # A page is named by the day and tells the commit, either of which may be another one when it is written again.
+    monkeypatch.setattr(chessboard, "date", SimpleNamespace(today=lambda: date(2026, 1, 31)))
+    monkeypatch.setattr(chessboard, "commit", lambda: "0123abc")
     given = ["chessboard", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--num_steps", "10"]
     given += ["--seeds", "1", "--num_inference_steps", "2", "3", "--num_samples"]
     monkeypatch.setattr(sys, "argv", [*given, "40", "20"])
