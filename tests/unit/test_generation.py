@@ -29,6 +29,8 @@ from mmar.modeling_mmar.masking_mmar import shared_position_ids, tokens_per_step
 
 # Float32 sums in another order: logits near 5 through three layers, about a hundred roundings of 2^-24.
 ATOL = 5e-5
+# Latents near 3 of three rounds that feed each other, with guidance: 1e-5 to 3e-5, by processor and number of threads.
+ROUNDS_ATOL = 1e-4
 NEW = 5
 GREEDY = {"max_new_tokens": NEW, "do_sample": False}
 
@@ -223,7 +225,7 @@ def test_pictures_change_the_text(model, prompt):
 
 
 def test_pixel_values_in_generate(model, prompt):
-    pixel_values = torch.rand(2, 3, 8, 8) * 2 - 1
+    pixel_values = torch.rand(2, 3, 8, 8, generator=seeded(5)) * 2 - 1
     latents = model.encode_images(pixel_values)
     expected = new_tokens(model, {**prompt, "latents": latents}, **GREEDY)
     given = {"input_ids": prompt["input_ids"], "pixel_values": pixel_values}
@@ -423,7 +425,7 @@ def test_generator_list_gives_the_same_picture_whatever_the_batch(model):
     for row, seed in enumerate((5, 6, 7)):
         own = {"input_ids": random_text(3, 6)[row : row + 1], "generator": [seeded(seed)]}
         # Matrix products of other shapes round differently.
-        torch.testing.assert_close(draw(model, 1, **own), together[row : row + 1], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(draw(model, 1, **own), together[row : row + 1], atol=ROUNDS_ATOL, rtol=ROUNDS_ATOL)
     assert (together[0] - together[1]).abs().max() > 0.1
 
 
@@ -431,7 +433,7 @@ def test_one_generator_gives_the_ith_picture_whatever_the_batch(model):
     together = draw(model, 3, generator=seeded(5))
     for batch in (1, 2):
         own = draw(model, batch, input_ids=random_text(3, 6)[:batch], generator=seeded(5))
-        torch.testing.assert_close(own, together[:batch], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(own, together[:batch], atol=ROUNDS_ATOL, rtol=ROUNDS_ATOL)
     # The same prompt gives different pictures.
     same = draw(model, 2, input_ids=random_text(1, 6).repeat(2, 1), generator=seeded(5))
     assert (same[0] - same[1]).abs().max() > 0.1
