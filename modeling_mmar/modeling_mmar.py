@@ -55,6 +55,8 @@ from .quantization_mmar import for_backbone_only, plora_aware_quantizers
 
 # Largest absolute pixel value that is taken for [-1, 1].
 MAX_PIXEL_VALUE = 1.1
+# As transformers takes it: what `torch.compile(part)`, put in the place of a part, adds to its weights' names.
+COMPILED = {r"_orig_mod\.": ""}
 
 
 @dataclass
@@ -430,6 +432,7 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             _check_weights_files(Path(path))
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = for_backbone_only(kwargs["quantization_config"])
+        kwargs["key_mapping"] = {**COMPILED, **(kwargs.get("key_mapping") or {})}
         download = {name: kwargs[name] for name in DOWNLOAD_ARGUMENTS if name in kwargs}
         place = {name: kwargs[name] for name in ("revision", "subfolder") if kwargs.get(name) is not None}
         config = kwargs.get("config")
@@ -438,9 +441,8 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         if config is not None and config.frozen_weights == "referenced" and path is not None:
             if kwargs.get("variant"):
                 raise ValueError(f"a model with parts by reference has no variants; got {kwargs['variant']!r}.")
-            kwargs = {name: value for name, value in kwargs.items() if name not in place} | {
-                "key_mapping": KEY_MAPPING
-            }
+            kwargs = {name: value for name, value in kwargs.items() if name not in place}
+            kwargs["key_mapping"] |= KEY_MAPPING
             with joined_folder(path, config.frozen_parts, **place, **download) as joined, plora_aware_quantizers():
                 model, info = super().from_pretrained(joined, *args, output_loading_info=True, **kwargs)
             model.config.name_or_path = model.name_or_path = str(path)

@@ -400,6 +400,18 @@ def test_training_step_is_deterministic(batch):
 # ----------------------------------------------------------------------------------------------- save and load
 
 
+@pytest.mark.parametrize("part", ["diffusion_mlp", "vae", "model.latent_encoder"])
+def test_a_model_with_a_compiled_part_is_saved_and_loaded(tmp_path, part):
+    model = tiny_model(seed=1)
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    parent, _, name = part.rpartition(".")
+    # Compiled at its first call; `module.compile()` would leave the names as they are.
+    setattr(model.get_submodule(parent), name, torch.compile(model.get_submodule(part)))
+    model.save_pretrained(tmp_path)
+    loaded = MMARForConditionalGeneration.from_pretrained(tmp_path).state_dict()
+    assert loaded.keys() == expected.keys() and all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_save_and_load(tmp_path, tied):
     model = tiny_model(text_config={"tie_word_embeddings": tied})
