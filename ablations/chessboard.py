@@ -293,7 +293,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=Path, help="folder to write the page and the plot to")
     parser.add_argument("--work", type=Path, help="folder that keeps networks and outcomes, to go on after a stop")
-    parser.add_argument("--num_steps", type=int, default=10_000, help="of training, each of 2,048 points")
+    parser.add_argument("--num_steps", type=int, default=20_000, help="of training, each of 2,048 points")
     parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[100, 1000], help="of DDPM")
     parser.add_argument(
         "--num_samples",
