@@ -103,6 +103,8 @@ def can_merge(language_model: nn.Module) -> bool:
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             return False
     # Another class may compute something else.
+    if type(language_model) is not MMARQwen2Model:
+        return False
     for layer in language_model.layers:
         if type(layer) is not MMARQwen2DecoderLayer:
             return False
@@ -144,11 +146,14 @@ def _state_of(language_model: MMARQwen2Model) -> list[tuple]:
 
 @torch.no_grad()
 def _probe(language_model: MMARQwen2Model) -> Tensor:
-    """The sum of each row of each weight: writes to `.data` are not counted, and may be to a few elements only."""
+    """
+    The sums of each weight's rows and columns: writes to `.data` are not counted, and may be to a few elements only,
+    or move them.
+    """
     sums = []
     for part in _sources(language_model):
         dtype = torch.promote_types(part.dtype, torch.float32)
-        sums.append(part.sum(-1, dtype=dtype) if part.ndim > 1 else part.to(dtype))
+        sums += [part.sum(dim, dtype=dtype) for dim in (-1, 0)] if part.ndim > 1 else [part.to(dtype)]
     return torch.cat(sums)
 
 

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from mmar.modeling_mmar import packed_linear_mmar
 from mmar.modeling_mmar.denoising_mmar import Denoiser
 from mmar.modeling_mmar.image_layers_mmar import ImageWeights, MergedContext, PlainContext, can_merge
-from mmar.modeling_mmar.plora_mmar import MMARQwen2MLP
+from mmar.modeling_mmar.plora_mmar import MMARQwen2MLP, MMARQwen2Model
 
 
 # float32 sums in another order: states near 10 through three layers.
@@ -96,6 +96,9 @@ CHANGES = {
     "a write to .data of all columns but the first": lambda linear: linear.image_B.data[:, 1:].mul_(1.5),
     "a write to .data of one row": lambda linear: linear.weight.data[3].add_(0.5),
     "a write to .data of one element": lambda linear: linear.image_A.data[1, 2].add_(0.5),
+    "a write to .data that moves columns": lambda linear: linear.weight.data.copy_(
+        linear.weight.roll(linear.weight.shape[1] // 2, 1)
+    ),
     "a write to .data that swaps rows": lambda linear: linear.weight.data.copy_(linear.weight.flip(0)),
     "another tensor": lambda linear: setattr(linear, "weight", torch.nn.Parameter(linear.weight * 2)),
     "another dtype": lambda linear: linear.to(torch.bfloat16),
@@ -168,6 +171,13 @@ def test_what_cannot_be_merged(model):
     assert not can_merge(adapted.get_base_model().model.language_model)
 
 
+class HalfModel(MMARQwen2Model):
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        outputs.last_hidden_state = outputs.last_hidden_state / 2
+        return outputs
+
+
 class HalfMLP(MMARQwen2MLP):
     def forward(self, *inputs):
         return super().forward(*inputs) / 2
@@ -183,13 +193,15 @@ class Half(torch.nn.Module):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("change", ["class", "wrapper", "hook on RoPE"])
+@pytest.mark.parametrize("change", ["model", "class", "wrapper", "hook on RoPE"])
 def test_layers_of_another_class_are_not_merged(change):
     model = tiny_model()
     arguments = {"guidance_scale": 1, "num_ar_steps": 2, "num_inference_steps": 3, "output_type": "latent"}
     before = model.generate_images(random_text(1, 6), **arguments, generator=seeded(0))
     layer = model.model.language_model.layers[1]
-    if change == "class":
+    if change == "model":
+        model.model.language_model.__class__ = HalfModel
+    elif change == "class":
         layer.mlp.__class__ = HalfMLP
     elif change == "wrapper":
         layer.mlp = Half(layer.mlp)
