@@ -55,8 +55,9 @@ from .quantization_mmar import for_backbone_only, plora_aware_quantizers
 
 # Largest absolute pixel value that is taken for [-1, 1].
 MAX_PIXEL_VALUE = 1.1
-# As transformers takes it: what `torch.compile(part)`, put in the place of a part, adds to its weights' names.
-COMPILED = {r"_orig_mod\.": ""}
+# As transformers takes it: what `torch.compile(part)`, put in the place of a part, adds to its weights' names. Each
+# entry removes one, and compiled parts may stand in compiled ones.
+COMPILED = {r"_orig_mod\.": "", r"_orig_mod[.]": ""}
 
 
 @dataclass
@@ -881,10 +882,11 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         if pixel_values is not None and latents is not None:
             raise ValueError("expected at most one of `pixel_values` and `latents`; pass one of them.")
         # Collated with other batches in mind, a batch of texts may bring no pictures as an empty tensor.
-        pixel_values, latents, latent_mask = (
-            None if value is not None and value.shape[:1] == (0,) else value
-            for value in (pixel_values, latents, latent_mask)
+        pixel_values, latents = (
+            None if value is not None and value.shape[:1] == (0,) else value for value in (pixel_values, latents)
         )
+        if pixel_values is None and latents is None and latent_mask is not None and len(latent_mask) == 0:
+            latent_mask = None
 
         # 1. Encode latents: the posterior is sampled in training, its mode is read at inference.
         if pixel_values is not None:

@@ -407,6 +407,8 @@ def test_a_model_with_a_compiled_part_is_saved_and_loaded(tmp_path, part):
     parent, _, name = part.rpartition(".")
     # Compiled at its first call; `module.compile()` would leave the names as they are.
     setattr(model.get_submodule(parent), name, torch.compile(model.get_submodule(part)))
+    if part == "diffusion_mlp":
+        model.diffusion_mlp.blocks[0] = torch.compile(model.diffusion_mlp.blocks[0])
     model.save_pretrained(tmp_path)
     loaded = MMARForConditionalGeneration.from_pretrained(tmp_path).state_dict()
     assert loaded.keys() == expected.keys() and all(torch.equal(loaded[name], expected[name]) for name in expected)
@@ -505,6 +507,13 @@ def test_no_pictures_as_an_empty_tensor(model, name, is_training):
     # Marks without pictures are still told of.
     with pytest.raises(ValueError, match="for each of the 0 pictures given; got 32 image tokens"):
         model(image_marks(model, 2), **pictures)
+
+
+def test_an_empty_mask_beside_pictures_is_refused(model):
+    with pytest.raises(ValueError, match=r"`latent_mask` must be a bool tensor of shape \(2, 16\)"):
+        model(
+            image_marks(model, 2), latents=random_latents(model, 2), latent_mask=torch.zeros(0, 16, dtype=torch.bool)
+        )
 
 
 def test_wrong_number_of_pictures(model, batch):
