@@ -92,7 +92,8 @@ def fault(checkpoint: str | Path) -> str | None:
                 pass  # reads the header, and compares it with the file's size
         except (SafetensorError, OSError) as error:
             return f"{path.name} is broken or cut off ({error})"
-    return None
+    # A training that still runs may have removed it meanwhile, and what is not there has no fault.
+    return None if (checkpoint / TRAINER_STATE_NAME).is_file() else f"{TRAINER_STATE_NAME} is missing"
 
 
 def rotate(output_dir: str | Path, limit: int | None, kept: Collection[str | Path] = ()) -> None:
@@ -102,7 +103,8 @@ def rotate(output_dir: str | Path, limit: int | None, kept: Collection[str | Pat
     Args:
         output_dir (`str` or `Path`): Folder of a training.
         limit (`int`, *optional*): How many stay, the newest and those of `kept` among them; all for None or 0.
-        kept (`Collection[str | Path]`): Checkpoints that stay, also beyond the limit: the best one, say.
+        kept (`Collection[str | Path]`, *optional*, defaults to `()`): Checkpoints that stay, also beyond the limit:
+            the best one, say.
     """
     if not limit or limit < 0:
         return

@@ -656,9 +656,9 @@ class MMARTrainer(Trainer):
         rotate(run_dir, self.args.save_total_limit, [folder for folder in kept if folder is not None])
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float):
-        # transformers removes checkpoints here before it waits for their uploads.
-        self._finish_current_push()
         if self._uploading is not None:
+            # transformers removes checkpoints here before it waits for their uploads.
+            self._finish_current_push()
             # It may have stayed beyond the limit.
             self._rotate(self._get_output_dir(trial))
         return super()._finalize_training(trial, num_train_samples, start_time)
@@ -695,6 +695,9 @@ class MMARTrainer(Trainer):
         # Uploads run beside the training: of a folder that keeps its name.
         if self._is_saving or not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
+        if Path(checkpoint_folder).parent != Path(self.args.output_dir):
+            # Of a trial of a search: an upload would take the checkpoints of all along, half-written ones too.
+            return
         if self._is_uploading() and not self.args.hub_always_push:
             return
         # What follows writes the files that an upload reads.
@@ -704,7 +707,8 @@ class MMARTrainer(Trainer):
             export_remote_code(self.args.output_dir)
             self._pipeline.save_index(self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)
-        self._uploading = checkpoint_folder
+        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            self._uploading = checkpoint_folder
         for job in self.push_in_progress.jobs:
             job.add_done_callback(self._warn_of_a_failed_push)
 
@@ -713,8 +717,8 @@ class MMARTrainer(Trainer):
         if error is not None:
             reason = error if error.__cause__ is None else f"{error} ({error.__cause__})"
             logger.warning(
-                "a push to %s failed: %s. The checkpoints in %s are whole; the next push, or `push_to_hub()`, tries "
-                "again.",
+                "a push to %s failed: %s. The checkpoints in %s are whole; the next push, or `push_to_hub()`, uploads "
+                "the model of that time.",
                 self.hub_model_id,
                 reason,
                 self.args.output_dir,

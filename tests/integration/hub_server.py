@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LFS_SUFFIXES = (".safetensors", ".png", ".parquet")
 # Seconds for the file that uploads wait for: who waits for the uploads in turn makes no end of it.
-MAX_WAIT = 120
+MAX_WAIT = 600
 
 
 @dataclass

@@ -127,19 +127,26 @@ def test_a_broken_checkpoint_is_passed_over(two_checkpoints, spoil, message):
     assert last_whole_checkpoint(folder) == str(folder / "checkpoint-4")  # written anew
 
 
-def test_a_checkpoint_that_is_removed_meanwhile_is_passed_over(two_checkpoints, monkeypatch):
+@pytest.mark.parametrize(
+    ("method", "read", "message"),
+    [
+        ("read_text", "trainer_state.json", "trainer_state.json is missing"),
+        ("is_file", MANIFEST_FILE, "manifest.json cannot be read"),
+    ],
+)
+def test_a_checkpoint_that_is_removed_meanwhile_is_passed_over(two_checkpoints, monkeypatch, method, read, message):
     """As by the training that still runs, under the eyes of who looks for its last checkpoint."""
     folder, _ = two_checkpoints
-    is_file = Path.is_file
+    original = getattr(Path, method)
 
-    def is_file_still(path):
-        found = is_file(path)
-        if path == folder / "checkpoint-4" / MANIFEST_FILE:
-            shutil.rmtree(path.parent)
-        return found
+    def last_look(path, *args, **kwargs):
+        result = original(path, *args, **kwargs)
+        if path == folder / "checkpoint-4" / read:
+            shutil.rmtree(path.parent, ignore_errors=True)
+        return result
 
-    monkeypatch.setattr(Path, "is_file", is_file_still)
-    with pytest.warns(UserWarning, match="checkpoint-4 is not whole: manifest.json cannot be read"):
+    monkeypatch.setattr(Path, method, last_look)
+    with pytest.warns(UserWarning, match=f"checkpoint-4 is not whole: {message}"):
         assert last_whole_checkpoint(folder) == str(folder / "checkpoint-2")
 
 

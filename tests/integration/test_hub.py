@@ -314,6 +314,14 @@ def test_a_training_does_not_wait_for_uploads(tmp_path):
     assert files["last-checkpoint/model.safetensors"] == files["model.safetensors"]
 
 
+def test_a_training_pushes_nothing_before_its_end(tmp_path):
+    hub = Hub(token=TOKEN)
+    with serve(hub) as url:
+        logged, left = run_fresh(training(2, hub_strategy="end", save_total_limit=1), tmp_path, url, TOKEN)
+    assert logged == [] and left == ["checkpoint-2"]
+    assert len(hub.repos["me/training"].commits) == 1
+
+
 def test_a_training_says_that_a_push_failed(tmp_path):
     hub = Hub(token=TOKEN)
     hub.break_after = 0
