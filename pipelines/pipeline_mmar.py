@@ -263,8 +263,8 @@ class MMARPipeline(DiffusionPipeline):
             callback_on_step_end (`Callable`, *optional*): Called after each autoregressive step as
                 `callback(pipe, step, step, callback_kwargs)`. The step comes twice, since diffusers' third argument
                 is a timestep, of which every step here runs through all. It returns a dict, whose "latents", if
-                there, replace the partial ones. `pipe._guidance_scale`, set in it, holds for the steps that follow;
-                in a call that began with guidance.
+                there, replace the partial ones. In a call that began with guidance, `pipe._guidance_scale`, set in it,
+                holds for the steps that follow.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `("latents",)`): What
                 `callback_kwargs` holds: `"latents"`, the partial ones `(B, C, h, w)`, zero where nothing is drawn, and
                 `"latent_mask"` `(B, N)`, True where nothing is drawn yet. A `PipelineCallback` of diffusers says it
