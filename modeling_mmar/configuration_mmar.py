@@ -1,5 +1,7 @@
 """MMAR configuration. Defaults are MMAR-0.5B (arXiv 2410.10798, suppl. Table 5)."""
 
+import reprlib
+from collections.abc import Iterable
 from copy import deepcopy
 from typing import Any
 
@@ -8,6 +10,10 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
+
+# Longest value, and most names of a list, in an error message.
+MAX_SHOWN_LENGTH = 200
+MAX_SHOWN_NAMES = 30
 
 # LDM's KL-16 in diffusers' terms: a 256 x 256 picture becomes 16 x 16 tokens of 16 channels (suppl. Sec. 6.1).
 KL16_CONFIG = {
@@ -299,6 +305,70 @@ class MMARConfig(PreTrainedConfig):
                 f"`image_token_id` ({self.image_token_id}) must lie inside `text_config.vocab_size` "
                 f"({self.text_config.vocab_size}), so that no embedding row has to be added."
             )
+
+
+def shorten(value: Any, max_length: int = MAX_SHOWN_LENGTH) -> str:
+    r"""
+    A value as an error message shows it, however long or deeply nested it is.
+
+    Args:
+        value: Anything. The text of an exception is shown as it is, other values by their `repr`.
+        max_length (`int`, *optional*, defaults to 200): Of the result, in characters.
+
+    Returns:
+        `str`: One line; without its middle if it would be longer.
+    """
+    if isinstance(value, BaseException):
+        # Of a text of megabytes only the ends are looked at.
+        text = str(value)
+        text = " ".join(
+            (text if len(text) <= 4 * max_length else f"{text[:max_length]}...{text[-max_length:]}").split()
+        )
+        text = text or type(value).__name__
+    else:
+        text = _SHORT_REPR.repr(value)
+    half = (max_length - 3) // 2
+    return text if len(text) <= max_length else f"{text[:half]}...{text[-half:]}"
+
+
+def shorten_names(names: Iterable[Any]) -> str:
+    """Names as an error message lists them, each shortened, without those after the first `MAX_SHOWN_NAMES`."""
+    names = [str(name) for name in names]
+    shown = [name if len(name) <= MAX_SHOWN_LENGTH // 4 else shorten(name, MAX_SHOWN_LENGTH // 4) for name in names]
+    more = [f"and {len(names) - MAX_SHOWN_NAMES} more"] if len(names) > MAX_SHOWN_NAMES else []
+    return ", ".join(shown[:MAX_SHOWN_NAMES] + more)
+
+
+class _ShortRepr(reprlib.Repr):
+    """`repr` that looks at no more of a value than is shown."""
+
+    def __init__(self):
+        super().__init__()
+        self.maxlevel, self.maxlist, self.maxtuple, self.maxset, self.maxfrozenset, self.maxdict = (
+            4,
+            10,
+            10,
+            10,
+            10,
+            10,
+        )
+        self.maxstring = self.maxother = self.maxlong = MAX_SHOWN_LENGTH
+
+    def repr_dict(self, value: dict, level: int) -> str:
+        # In the dictionary's own order, where reprlib sorts.
+        if not value or level <= 0:
+            return "{...}" if value else "{}"
+        entries = [f"{self.repr1(key, level - 1)}: {self.repr1(value[key], level - 1)}" for key in self._first(value)]
+        return "{" + ", ".join(entries + ["..."] * (len(value) > self.maxdict)) + "}"
+
+    def repr_bytes(self, value: bytes, level: int) -> str:
+        return repr(value) if len(value) <= self.maxstring else f"{len(value)} bytes"
+
+    def _first(self, value: dict) -> list[Any]:
+        return [key for key, _ in zip(value, range(self.maxdict), strict=False)]
+
+
+_SHORT_REPR = _ShortRepr()
 
 
 def _check_reference(part: str, reference: Any) -> None:

@@ -18,6 +18,8 @@ from mmar.modeling_mmar.configuration_mmar import (
     MMARConfig,
     MMARDiffusionConfig,
     MMARViTConfig,
+    shorten,
+    shorten_names,
 )
 
 
@@ -193,3 +195,27 @@ def test_errors(name):
     with pytest.raises(StrictDataclassClassValidationError, match=message) as error:
         tiny_config(**overrides)
     assert isinstance(error.value.__cause__, ValueError)
+
+
+def test_values_in_messages_are_short():
+    deep = []
+    for _ in range(10_000):
+        deep = [deep]
+    for value in (
+        "a" * 10**6,
+        ["a" * 10**5] * 50,
+        {"k" * 999: deep},
+        b"a" * 10**6,
+        deep,
+        10**4000,
+        ValueError("a" * 10**6),
+    ):
+        assert 0 < len(shorten(value)) <= 200
+        assert len(shorten(value, 50)) <= 50
+    for value in ("a b", ["a", " "], {"b": 1, "a": None}, {"a": {}}, b"a", 0.5, None):
+        assert shorten(value) == repr(value)
+    assert shorten("a" * 500 + "end").endswith("aend'")
+    assert shorten(ValueError("two\n lines")) == "two lines" and shorten(KeyError()) == "KeyError"
+    assert shorten_names(["a", "b"]) == "a, b"
+    assert shorten_names("n" * 40).endswith("n, and 10 more")
+    assert len(shorten_names(["n" * 10**6] * 10**4)) < 2000
