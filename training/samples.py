@@ -427,6 +427,10 @@ class StreamedSamples(IterableDataset):
         rank, world_size (`int`, *optional*): This process and their number.
         buffer_size (`int`, *optional*, defaults to 1): Rows of which the next one is drawn.
         positions (`dict[int, dict]`, *optional*): Where each worker goes on, as its samples told.
+        last_worker (`int`, *optional*, defaults to -1): Which worker gave the last batch before. A `DataLoader` begins
+            with worker 0 whoever's turn it is, so that those before give a batch of None first, which is to be
+            dropped.
+        batch_size (`int`, *optional*, defaults to 1): Samples of a batch.
         names (`list[str]`, *optional*): What reports call the streams; `stream 0` and so on by default.
     """
 
@@ -442,13 +446,15 @@ class StreamedSamples(IterableDataset):
         buffer_size: int = 1,
         positions: dict[int, dict[str, Any]] | None = None,
         names: list[str] | None = None,
+        last_worker: int = -1,
+        batch_size: int = 1,
     ):
         self.streams, self.maker, self.weights, self.task_weights = streams, maker, weights, task_weights
         self.seed, self.rank, self.world_size, self.buffer_size = seed, rank, world_size, buffer_size
-        self.positions = positions or {}
+        self.positions, self.last_worker, self.batch_size = positions or {}, last_worker, batch_size
         self.names = [f"stream {index}" for index in range(len(streams))] if names is None else names
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[dict[str, Any] | None]:
         info = get_worker_info()
         worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
         if self.positions and max(self.positions) >= num_workers:
@@ -456,6 +462,8 @@ class StreamedSamples(IterableDataset):
                 f"expected at least {max(self.positions) + 1} data loader workers, as before; got {num_workers}. Each "
                 "stands at a place of its own in the streams."
             )
+        if worker < (self.last_worker + 1) % num_workers:
+            yield from [None] * self.batch_size
         start = self.positions.get(worker, {"num_samples": 0, "places": [[0, 0] for _ in self.streams]})
         places = [list(place) for place in start["places"]]
         rows = [self._rows(index, *place) for index, place in enumerate(places)]

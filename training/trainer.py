@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,9 @@ logger = logging.getLogger(__name__)
 SKIPPED_FILE = "skipped_rows.jsonl"
 # So many of them are also told on the spot.
 NUM_TOLD_ROWS = 10
-# Where the streams of a rank stand.
+# Where the workers of a rank stand in the streams, and which of them gave the last batch.
 POSITIONS_FILE = "stream_positions_{rank}.json"
+LAST_WORKER = "last_worker"
 # Intervals of timesteps whose image losses are logged apart.
 NUM_TIMESTEP_BINS = 10
 
@@ -163,6 +165,17 @@ class _Progress(ProgressCallback):
         super().on_log(args, state, control, logs=logs, **kwargs)
         if state.is_world_process_zero and self.training_bar is not None and "samples_per_second" in (logs or {}):
             self.training_bar.set_postfix_str(f"{logs['samples_per_second']:.1f} samples/s")
+
+
+class _StreamLoader(DataLoader):
+    """A loader of `StreamedSamples`, without the batches of workers whose turn it is not yet."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (batch for batch in super().__iter__() if batch is not None)
+
+
+def _collate_stream(collator: Callable, samples: list[dict[str, Any] | None]) -> dict[str, Any] | None:
+    return None if samples[0] is None else collator(samples)
 
 
 class LossSums:
@@ -293,6 +306,7 @@ class MMARTrainer(Trainer):
         self._sums, self._eval_sums = LossSums(num_train_timesteps), LossSums(num_train_timesteps)
         self._num_skipped = self._num_done_steps = 0
         self._positions: dict[int, Any] = {}
+        self._last_worker = -1
         self._is_saving = False
         self._uploading: str | None = None
         self._last_log = (time.monotonic(), 0)
@@ -338,11 +352,12 @@ class MMARTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         if not isinstance(self.train_dataset, StreamedSamples):
             return super().get_train_dataloader()
+        self.train_dataset.batch_size = self._train_batch_size
         # Each rank has rows of its own already.
-        return DataLoader(
+        return _StreamLoader(
             self.train_dataset,
             batch_size=self._train_batch_size,
-            collate_fn=self.data_collator,
+            collate_fn=partial(_collate_stream, self.data_collator),
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and not self.args.use_cpu,
             prefetch_factor=self.args.dataloader_prefetch_factor,
@@ -396,8 +411,10 @@ class MMARTrainer(Trainer):
                 "not there. Resume with as many ranks as before, or start anew with `resume=false`."
             )
         positions = json.loads(path.read_text(encoding="utf-8"))
+        self._last_worker = positions.pop(LAST_WORKER, -1)
         self._positions = {int(worker): position for worker, position in positions.items()}
         self.train_dataset.positions = dict(self._positions)
+        self.train_dataset.last_worker = self._last_worker
         # The streams go on from there by themselves.
         self.args.ignore_data_skip = True
 
@@ -425,7 +442,7 @@ class MMARTrainer(Trainer):
         if model.training:
             self._note_skipped(skipped or ())
             if position is not None:
-                self._positions[position[0]] = position[1]
+                self._last_worker, self._positions[position[0]] = position[0], position[1]
             if num_items_in_batch is not None:
                 own = torch.stack([count_labels(inputs["labels"]), count_hidden(inputs).to(num_items_in_batch)])
                 # Ranks' gradients are averaged, so that their sum needs the factor.
@@ -634,7 +651,8 @@ class MMARTrainer(Trainer):
                 self.ema.save(written, self.plain_model, self.args.should_save)
             if self._positions:
                 path = written / POSITIONS_FILE.format(rank=self.args.process_index)
-                path.write_text(json.dumps(self._positions), encoding="utf-8")
+                positions = {**self._positions, LAST_WORKER: self._last_worker}
+                path.write_text(json.dumps(positions), encoding="utf-8")
         finally:
             self._is_saving = False
         self.accelerator.wait_for_everyone()

@@ -1,5 +1,6 @@
 import json
 
+import datasets
 import pytest
 import torch
 from helpers import seeded
@@ -20,7 +21,7 @@ from mmar.training.checkpoints import best_checkpoint
 from mmar.training.collator import MMARDataCollator
 from mmar.training.ema import EMA
 from mmar.training.latents import LatentCache, cache_latents
-from mmar.training.samples import TrainingSamples
+from mmar.training.samples import SampleMaker, StreamedSamples, TrainingSamples
 from mmar.training.trainer import MMARTrainer, MMARTrainingArguments
 
 
@@ -74,6 +75,29 @@ def test_resumed_training_equals_unbroken_training(tmp_path, processor):
     assert losses_of(part) == losses_of(whole)
     for name, value in whole.ema.shadow.items():
         assert torch.equal(part.ema.shadow[name], value), name
+
+
+@pytest.mark.parametrize("num_workers", [0, 2, 3])
+def test_resumed_streams_equal_unbroken_streams(tmp_path, processor, num_workers):
+    """Also after a number of micro-batches that the workers did not share evenly, and with one that has no shard."""
+
+    def rows(shards):
+        for shard in shards:
+            yield from make_rows()[shard::2]
+
+    def samples():
+        stream = datasets.IterableDataset.from_generator(rows, gen_kwargs={"shards": [0, 1]})
+        return StreamedSamples([stream], SampleMaker(processor, 16, 0.5), [1.0], [[0.4, 0.4, 0.2]], 0, buffer_size=2)
+
+    options = {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2, "max_steps": 5}
+    options["dataloader_num_workers"] = num_workers
+    whole = make_trainer(tmp_path, processor, train_dataset=samples(), **options)
+    whole.train()
+    for step in (1, 2, 3):
+        part = make_trainer(tmp_path / f"from-{step}", processor, train_dataset=samples(), **options)
+        part.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        for name, value in whole.ema.shadow.items():
+            assert torch.equal(part.ema.shadow[name], value), (step, name)
 
 
 def test_train_backbone_trains_qwen2(tmp_path, processor):
