@@ -16,7 +16,7 @@ import torch
 
 from ..benchmarks.quality import claim, folder_of, run
 from ..command import run_command
-from ..pipelines.pipeline_mmar import MMARPipeline
+from ..conversion.models import open_pipeline
 from ..training.emoji_rows import read_rows
 from .study import STUDENT, cell, check_plots, interval, plot_path, table, told, write_page
 
@@ -64,7 +64,7 @@ def main() -> None:
     if not args.judge.is_file():
         parser.error(f"--judge must be a script; {args.judge} is not there")
     check_plots(args.out)
-    pipe, figures = MMARPipeline.from_pretrained(args.model), {}
+    pipe, figures = open_pipeline(args.model), {}
     if torch.accelerator.is_available():
         pipe.to(torch.accelerator.current_accelerator())
     args.work.mkdir(parents=True, exist_ok=True)

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from ..benchmarks.timing import commit, processor, versions
 from ..command import run_command
+from ..conversion.models import open_pipeline
 from ..modeling_mmar.configuration_mmar import MMARDiffusionConfig
 from ..modeling_mmar.diffusion_mmar import MMARDiffusionMLP, cosine_alphas_cumprod, diffusion_loss
 from ..modeling_mmar.parameterization_mmar import add_noise, v_from_epsilon, v_target
-from ..pipelines.pipeline_mmar import MMARPipeline
 from ..training.emoji_rows import read_rows
 from .chessboard import start_as_mmar
 from .study import check_plots
@@ -77,7 +77,7 @@ def general_ddim_step(noisy_latents: Tensor, output: Tensor, phi: Tensor, psi: T
 
 def read_tokens(model: str, data: Path) -> Tensor:
     """Latent tokens of all pictures of a parquet, `(I, N, C)`."""
-    pipe = MMARPipeline.from_pretrained(model)
+    pipe = open_pipeline(model, "--model")
     processor, tokens = pipe.processor.image_processor, []
     rows = read_rows(data)
     for start in range(0, len(rows), BATCH_SIZE):

@@ -25,6 +25,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from tqdm.auto import tqdm
 
 from ..command import run_command
+from ..conversion.models import open_pipeline
 from ..evaluation.emoji_styles import draw
 from ..files import check_folder
 from ..modeling_mmar.generation_mmar import PRESETS
@@ -206,7 +207,7 @@ def main() -> None:
             parser.error(f"--num_rows must be between 1 and {len(rows)}, the rows of {args.data.name}")
         rows = [rows[i * len(rows) // args.num_rows] for i in range(args.num_rows)]
     check_folder(args.out)
-    pipe = MMARPipeline.from_pretrained(args.model)
+    pipe = open_pipeline(args.model)
     if torch.accelerator.is_available():
         pipe.to(torch.accelerator.current_accelerator())
     claim(args.work, pipe, rows)

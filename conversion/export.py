@@ -11,8 +11,7 @@ import torch
 
 from ..command import run_command
 from ..pipelines.pipeline_mmar import MMARPipeline
-from ..processors.processing_mmar import MMARProcessor
-from .models import open_model
+from .models import open_model, open_processor
 
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
@@ -31,7 +30,7 @@ def main() -> None:
         raise ValueError(
             f"expected another folder than {args.source!r} to write to: its weights would be overwritten."
         )
-    model = open_model(args.source, dtype=DTYPES[args.dtype])
+    model = open_model(args.source, "`source`", dtype=DTYPES[args.dtype])
     scheduler = model.default_scheduler()
     if (Path(args.source) / "scheduler").is_dir():
         scheduler = MMARPipeline.from_pretrained(args.source, model=model).scheduler
@@ -39,7 +38,7 @@ def main() -> None:
         if getattr(args, name) is not None:
             model.config.image_generation[name] = getattr(args, name)
     model.config.validate_architecture()
-    processor = MMARProcessor.from_pretrained(args.source)
+    processor = open_processor(args.source, "`source`")
     pipe = MMARPipeline(model=model, processor=processor, scheduler=scheduler)
     pipe.save_pretrained(args.out)
 

@@ -1,20 +1,94 @@
 """MMAR, and the models that build on it, by their configs."""
 
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, AutoModel
 
 from ..modeling_mmar.configuration_mmar import MMARConfig
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
+from ..pipelines.pipeline_mmar import MMARPipeline
+from ..processors.processing_mmar import MMARProcessor
 
 
-def open_model(path: str, **kwargs: Any) -> MMARForConditionalGeneration:
+# Of a path in a message.
+MAX_PATH_LENGTH = 200
+
+
+@contextlib.contextmanager
+def opening(path: str | Path, option: str) -> Iterator[None]:
+    r"""
+    Within the context a model, processor or pipeline is opened; what goes wrong names the user's option and the path.
+
+    Args:
+        path (`str` or `Path`): Folder or repository.
+        option (`str`): What the user named it with, such as `"--model"`.
+
+    Raises:
+        ValueError: If there is no such folder and no such repository, or its files are nested too deep to be read.
+    """
+    expected = f"{option} must be the folder of an MMAR or a repository of the Hub"
+    if not os.path.isdir(path):
+        try:
+            validate_repo_id(str(path))
+        except HFValidationError as error:
+            there = "is a file" if os.path.exists(path) else "does not exist"
+            raise ValueError(f"{expected}; got {_shortened(path)}, which {there}. Correct the path.") from error
+    try:
+        yield
+    except RecursionError as error:
+        raise ValueError(f"{expected}; a file of {_shortened(path)} is nested too deep. Copy it again.") from error
+    except (OSError, ValueError) as error:
+        if os.path.isdir(path):
+            raise
+        raise ValueError(
+            f"{expected}; got {_shortened(path)}, no folder here, and cannot be opened from the Hub ({error}). "
+            "Correct it."
+        ) from error
+
+
+def _shortened(path: str | Path) -> str:
+    return repr(str(path)[:MAX_PATH_LENGTH])
+
+
+def open_pipeline(path: str | Path, option: str = "`model`", **kwargs: Any) -> MMARPipeline:
+    r"""
+    Loads a pipeline, for a command.
+
+    Args:
+        path (`str` or `Path`): Folder or repository.
+        option (`str`, *optional*, defaults to "`model`"): What the user named it with.
+        **kwargs: Of `from_pretrained`.
+
+    Returns:
+        `MMARPipeline`
+
+    Raises:
+        ValueError: If it is not there, or not complete.
+    """
+    with opening(path, option):
+        return MMARPipeline.from_pretrained(path, **kwargs)
+
+
+def open_processor(path: str | Path, option: str = "`model`") -> MMARProcessor:
+    """The processor of a folder or repository, for a command; raises a `ValueError` as `open_pipeline` does."""
+    with opening(path, option):
+        return MMARProcessor.from_pretrained(path)
+
+
+def open_model(path: str | Path, option: str = "`model`", **kwargs: Any) -> MMARForConditionalGeneration:
     r"""
     Loads a model by the class that its config names.
 
     Args:
-        path (`str`): Folder or repository.
+        path (`str` or `Path`): Folder or repository.
+        option (`str`, *optional*, defaults to "`model`"): What the user named it with.
         **kwargs: Of `from_pretrained`.
 
     Returns:
@@ -23,6 +97,11 @@ def open_model(path: str, **kwargs: Any) -> MMARForConditionalGeneration:
     Raises:
         ValueError: If it is not there, not whole, or of another kind.
     """
+    with opening(path, option):
+        return _open_model(path, **kwargs)
+
+
+def _open_model(path: str | Path, **kwargs: Any) -> MMARForConditionalGeneration:
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError):

@@ -21,9 +21,8 @@ from safetensors.torch import load_file, save_file
 from ..command import run_command
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from ..modeling_mmar.plora_mmar import PLoRALinear
-from ..pipelines.pipeline_mmar import MMARPipeline
 from .folders import new_folder
-from .models import open_model
+from .models import open_model, open_pipeline
 
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -196,7 +195,7 @@ def main() -> None:
     if args.command == "export":
         export_plora(open_model(args.model), args.adapter)
         return
-    pipe = MMARPipeline.from_pretrained(args.model)
+    pipe = open_pipeline(args.model)
     import_plora(pipe.model, args.adapter)
     with new_folder(args.out) as unfinished:
         pipe.save_pretrained(unfinished)

@@ -28,6 +28,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .. import __version__
+from ..conversion.models import open_pipeline
 from ..files import UNFINISHED, check_folder, write_whole
 from ..modeling_mmar.generation_mmar import PRESETS
 from ..pipelines.pipeline_mmar import MMARPipeline
@@ -358,7 +359,7 @@ def draw_with(args: argparse.Namespace, prompts: Mapping[str, str], processes: P
     """
     check_folder(args.out)
     kwargs = {} if args.dtype is None else {"dtype": getattr(torch, args.dtype)}
-    pipe = MMARPipeline.from_pretrained(args.model, **kwargs).to(processes.device)
+    pipe = open_pipeline(args.model, **kwargs).to(processes.device)
     options = {name: getattr(args, name) for name in OPTIONS}
     draw_pictures(pipe, prompts, args.out, args.seed, args.batch_size, processes, command, **options)
     return json.loads((args.out / MANIFEST_NAME).read_text(encoding="utf-8"))["model_sha256"]

@@ -22,6 +22,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..command import run_command
+from ..conversion.models import open_pipeline
 from ..pipelines.pipeline_mmar import MMARPipeline
 from ..training.emoji_rows import QUESTIONS, read_rows
 
@@ -180,7 +181,7 @@ def main() -> None:
         parser.error(f"{args.data.name} must have the columns {', '.join(sorted(missing))} too")
     if args.judge is not None and not args.judge.is_file():
         parser.error(f"--judge must be a script; {args.judge} is not there")
-    pipe = MMARPipeline.from_pretrained(args.model)
+    pipe = open_pipeline(args.model)
     if torch.accelerator.is_available():
         pipe.to(torch.accelerator.current_accelerator())
     options = {name: getattr(args, name) for name in ("guidance_scale", "num_ar_steps", "num_inference_steps")}

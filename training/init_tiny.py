@@ -115,7 +115,7 @@ def main() -> None:
     config = AutoConfig.from_pretrained(args.config)
     if not isinstance(config, MMARConfig):
         raise ValueError(f"expected the config of an MMAR in --config; got that of a {config.model_type!r}.")
-    old = None if args.model is None else open_model(str(args.model), dtype=torch.float32)
+    old = None if args.model is None else open_model(args.model, "--model", dtype=torch.float32)
     vae = model_class_of(config).vae_class.from_pretrained(args.vae) if old is None else old.vae
     if "latents_std" in vae.config and vae.config.latents_std is None:
         raise ValueError(

@@ -42,7 +42,7 @@ from tqdm.auto import tqdm
 
 from .. import __version__
 from ..command import run_command
-from ..conversion.models import open_model
+from ..conversion.models import open_model, open_processor
 from ..files import UNFINISHED, write_whole
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from ..processors.image_processing_mmar import MMARImageProcessor, MMARImageProcessorKwargs
@@ -625,8 +625,8 @@ def main() -> None:
     parser.add_argument("--process_index", type=int, default=rank, help="which of them this is, from 0")
     args = parser.parse_args()
     source = open_source(args.data, _columns(args.columns), args.split)
-    model = open_model(args.model)
-    processor = MMARProcessor.from_pretrained(args.model)
+    model = open_model(args.model, "--model")
+    processor = open_processor(args.model, "--model")
     # Only the VAE is used from here on; a backbone has gigabytes.
     for name in [name for name, _ in model.named_children() if name != "vae"]:
         delattr(model, name)

@@ -19,9 +19,8 @@ from torch import nn
 from transformers import set_seed
 
 from ..command import run_command
-from ..conversion.models import open_model
+from ..conversion.models import open_model, open_processor
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
-from ..processors.processing_mmar import MMARProcessor
 from .checkpoints import best_checkpoint, last_whole_checkpoint, num_steps
 from .collator import MMARDataCollator
 from .latents import LatentCache
@@ -116,7 +115,7 @@ def check_same_vae(checkpoint: str, model: MMARForConditionalGeneration) -> None
         ValueError: If the checkpoint was trained on latents of another VAE.
     """
     weights = model.vae.state_dict()
-    resumed = open_model(checkpoint, dtype="float32")
+    resumed = open_model(checkpoint, "the checkpoint", dtype="float32")
     stored = resumed.vae.state_dict()
     same = stored.keys() == weights.keys() and all(torch.equal(stored[n], weights[n].cpu()) for n in weights)
     if not same or resumed.config.vae_config != model.config.vae_config:
@@ -146,7 +145,7 @@ def main() -> None:
     model.config.diffusion_config.diffusion_batch_mul = data.diffusion_batch_mul
     model.freeze(train_backbone=args.train_backbone)
     cast_frozen(model, getattr(torch, data.frozen_dtype))
-    processor = MMARProcessor.from_pretrained(data.model)
+    processor = open_processor(data.model)
     maker = SampleMaker(processor, model.config.num_latents, data.mask_ratio_min, data.swap_rate)
     if data.streaming:
         train_dataset = streamed_samples(sources, maker, data, args)

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
 from ..command import run_command
-from ..conversion.models import open_model
+from ..conversion.models import open_model, open_processor
 from ..files import check_folder
 from ..modeling_mmar.embedding_vit_mmar import MMARViTLinear
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
@@ -152,7 +152,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     source, held_out = open_source(args.data), open_source(args.eval_data) if args.eval_data else None
-    model, processor = open_model(args.model, dtype=torch.float32), MMARProcessor.from_pretrained(args.model)
+    model, processor = open_model(args.model, dtype=torch.float32), open_processor(args.model)
     cache = LatentCache(args.latents)
     cache.check(model, source)
     rows, numbers = usable_rows(source, lambda number, row: cache[number])

@@ -20,7 +20,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Sampler
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations import TensorBoardCallback, WandbCallback
+from transformers.integrations import (
+    TensorBoardCallback,
+    WandbCallback,
+    get_available_reporting_integrations,
+)
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, PredictionOutput, SaveStrategy
 
@@ -109,6 +113,13 @@ class MMARTrainingArguments(TrainingArguments):
             with contextlib.suppress(json.JSONDecodeError):
                 self.learning_rate_scales = json.loads(self.learning_rate_scales)
         super().__post_init__()
+        installed = get_available_reporting_integrations()
+        # Of Flyte transformers does not say whether it is there.
+        if missing := [str(name) for name in self.report_to if name not in (*installed, "flyte")]:
+            raise ValueError(
+                f"`report_to` must name trackers that are installed, {', '.join(installed) or 'none so far'}; got "
+                f"{', '.join(missing)}. Install it with pip, or set `report_to=none`."
+            )
         if not _is_number(self.ema_decay) or not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be a number in [0, 1); got {self.ema_decay!r}.")
         for name in ("text_loss_weight", "image_loss_weight"):

@@ -7,9 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
+from torch.utils.data import DataLoader
 
 from mmar import MMARConfig
 from mmar.command import run_command
+from mmar.conversion.models import open_model, open_pipeline, open_processor
+from mmar.training.trainer import MMARTrainingArguments
 
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +72,11 @@ def test_every_command_is_run_so(path: Path):
             ["checkpoints/mmar-tiny", "--captions", "no.json", "--real", "real", "--out", "out"],
             "error: expected captions in COCO's layout",
         ),
+        (
+            "conversion.export",
+            ["./nowhere", "out"],
+            "error: `source` must be the folder of an MMAR or a repository of the Hub; got './nowhere'",
+        ),
         ("evaluation.geneval", ["scores", "no.jsonl"], "error: expected the results of GenEval's scorer"),
         (
             "training.train_latent_encoder",
@@ -103,6 +112,68 @@ def test_a_config_that_fits_nothing_is_told(monkeypatch):
     with pytest.raises(SystemExit) as ended:
         run_command(main)
     assert ended.value.code.startswith("error: Class validation error") and "`image_size`" in ended.value.code
+
+
+class Failing:
+    """A data set whose rows raise an error."""
+
+    def __init__(self, error: Exception):
+        self.error = error
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> int:
+        try:
+            raise KeyError("before")
+        except KeyError as cause:
+            raise self.error from cause
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("`x` must be 1; got 2.\nDo 3: now."), "`x` must be 1; got 2. Do 3: now."),
+        (FileNotFoundError("shard-1.tar is gone"), "shard-1.tar is gone"),
+        (SafetensorError("No space left on device (os error 28)"), "No space left on device (os error 28)"),
+        (RuntimeError("PytorchStreamWriter failed"), "RuntimeError: PytorchStreamWriter failed"),
+        (RecursionError("maximum recursion depth exceeded"), "RecursionError: maximum recursion depth exceeded"),
+        (ModuleNotFoundError("No module named 'apex'"), "ModuleNotFoundError: No module named 'apex'"),
+        (KeyError("image"), "KeyError: 'image'"),
+        (MemoryError(), "MemoryError"),
+        (ValueError("x" * 10**6), "x" * 2000 + "..."),
+    ],
+)
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_any_error_is_one_line_also_of_a_data_worker(monkeypatch, error, line, num_workers):
+    monkeypatch.delenv("MMAR_TRACEBACK", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda: list(DataLoader(Failing(error), num_workers=num_workers)))
+    assert ended.value.code == f"error: {line} (MMAR_TRACEBACK=1 shows where)"
+
+
+@pytest.mark.parametrize("open_part", [open_model, open_pipeline, open_processor])
+def test_a_wrong_model_is_named_with_its_option(tmp_path, monkeypatch, open_part):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "file").write_text("x")
+    names = {tmp_path / "none": "does not exist", tmp_path / "file": "is a file", "a/b/c": "does not exist"}
+    for name, reason in (names | {"some/repository": "cannot be opened from the Hub"}).items():
+        with pytest.raises(ValueError, match=f"`model` must be the folder of an MMAR .*{name}'.* {reason}"):
+            open_part(name)
+    with pytest.raises(ValueError, match=r"--start must be .*got 'x{200}', which"):
+        open_part("x" * 10**4, "--start")
+
+
+def test_a_config_that_is_nested_too_deep_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"a": ' + "[" * 10**5 + "]" * 10**5 + "}")
+    with pytest.raises(ValueError, match=f"`model` must be .*'{tmp_path}' is nested too deep"):
+        open_model(tmp_path)
+
+
+@pytest.mark.parametrize("trackers", ["tensorboard", ["wandb"], "no_such_tracker"])
+def test_trackers_that_are_not_installed_are_refused(tmp_path, trackers):
+    with pytest.raises(ValueError, match="`report_to` must name trackers that are installed"):
+        MMARTrainingArguments(output_dir=str(tmp_path), report_to=trackers)
 
 
 def test_traceback_when_asked():

@@ -228,7 +228,8 @@ def test_a_full_disk_leaves_the_checkpoints_before(two_checkpoints, monkeypatch)
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
-def test_a_shard_that_disappears_ends_the_training(tmp_path):
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_shard_that_disappears_ends_the_training(tmp_path, num_workers):
     """Through the command, as it runs: one line names the shard, and the checkpoints are whole."""
     processor = make_processor()
     make_squares_model(processor).save_pretrained(tmp_path / "init")
@@ -247,6 +248,7 @@ def test_a_shard_that_disappears_ends_the_training(tmp_path):
         f"output_dir={tmp_path / 'run'}",
     ]
     command += ["swap_rate=0", "per_device_train_batch_size=4", "use_cpu=true", "save_steps=2", "max_steps=100000"]
+    command += [f"dataloader_num_workers={num_workers}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "cache")}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     try:
@@ -258,7 +260,7 @@ def test_a_shard_that_disappears_ends_the_training(tmp_path):
         process.kill()
     assert process.returncode == 1
     lines = [line for line in said.splitlines() if "which was there at the start" in line]
-    assert len(lines) == 1 and "shard-1.tar" in lines[0], said
+    assert len(lines) == 1 and "shard-1.tar" in lines[0] and lines[0].startswith("error: expected"), said
     assert "Traceback" not in said
     for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
         assert fault(checkpoint) is None
