@@ -368,7 +368,9 @@ class TrainingSamples(Dataset):
         source, index, task = self.mixture(number)
         generator = self.mixture.generator(SAMPLE_DRAWS, number, attempt)
         if attempt > 0:
-            index = draw(len(self.sources[source]), generator)
+            # Another row than the first one, whose fault is known.
+            size = len(self.sources[source])
+            index = (index + 1 + draw(max(1, size - 1), generator)) % size
         return self.sources[source], index, TASKS[task], generator
 
 

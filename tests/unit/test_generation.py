@@ -500,6 +500,24 @@ def test_callback_gets_the_partial_latents(model):
         assert torch.equal(latents[drawn], output[drawn]) and not latents[~drawn].any()
 
 
+def test_callback_sees_nothing_of_hidden_places(model):
+    latents, mask = random_latents(model, 2), torch.zeros(2, 16, dtype=torch.bool)
+    mask[:, :10] = True
+    seen = []
+    draw(
+        model,
+        latents=latents,
+        latent_mask=mask,
+        num_ar_steps=3,
+        generator=seeded(0),
+        callback=lambda step, steps, partial, hidden: seen.append((partial, hidden)),
+    )
+    for partial, hidden in seen:
+        hidden = hidden.view(2, 1, 4, 4).expand_as(partial)
+        assert not partial[hidden].any() and partial[~hidden].all()
+    assert seen[0][1].any()
+
+
 def test_callback_may_change_the_latents(model):
     def double(step, steps, latents, hidden):
         return {"latents": (latents * 2).double()} if step == steps - 1 else None
@@ -601,6 +619,14 @@ def test_guidance_interval(model, monkeypatch):
     )
     # Two pictures of 16 tokens: the unconditional half in the two middle steps only.
     assert calls == [[32, 64, 64, 32]]
+    # A step is where its middle is: 1/8, 3/8, 5/8 and 7/8 here, with the start of the interval and without its end.
+    for interval, rows in (
+        ((0.3, 0.6), [32, 64, 32, 32]),
+        ((0.125, 0.375), [64, 32, 32, 32]),
+        ((0.8, 1.0), [32, 32, 32, 64]),
+    ):
+        options = {"num_ar_steps": 1, "num_inference_steps": 4, "guidance_interval": interval}
+        assert rounds_and_steps(model, monkeypatch, **options)[1] == [rows]
     unguided = draw(model, generator=seeded(0), num_ar_steps=1, num_inference_steps=4, guidance_scale=1.0)
     assert not torch.allclose(latents, unguided, atol=1e-3)
 

@@ -311,6 +311,23 @@ def test_a_damaged_shard_is_written_again(tmp_path, model, processor, capsys):
         assert contents(tmp_path) == expected
 
 
+def test_a_shard_of_another_cache_is_refused(tmp_path, model, processor):
+    """Of the same rows, sizes and names, but of another VAE, seed or pictures."""
+    rows = make_rows(6, depends_on=DEPENDS_ON)
+    encode(rows, model, processor, tmp_path / "ours")
+    shard = tmp_path / "ours" / "latents-00000-of-00002.safetensors"
+    others = {
+        "vae": (rows, tiny_model(seed=1), {}),
+        "seed": (rows, model, {"seed": 5}),
+        "pictures": (Rows([{**rows[0], "image": make_picture(99)}, *rows[1:]]), model, {}),
+    }
+    for name, (source, own_model, options) in others.items():
+        encode(source, own_model, processor, tmp_path / name, **options)
+        shard.write_bytes((tmp_path / name / shard.name).read_bytes())
+        with pytest.raises(ValueError, match=rf"{shard.name}'; it is another source's"):
+            LatentCache(tmp_path / "ours")
+
+
 def test_a_folder_begun_otherwise_is_refused(tmp_path, model, processor):
     rows = make_rows(6, depends_on=DEPENDS_ON)
     encode(rows, model, processor, tmp_path)

@@ -67,6 +67,14 @@ def test_every_row_once_per_pass_and_tasks_as_weighted():
     assert tasks == {(0, 0): 1500, (0, 1): 1350, (0, 2): 150, (1, 1): 9000}
 
 
+def test_each_pass_has_an_order_of_its_own():
+    # A pass of so many rows is two blocks: which of them come in its first block is decided by the pass.
+    mixture = Mixture([2 * BLOCK], [1], [[1]], seed=3)
+    first, second = ({row for _, row, _ in map(mixture, range(start, start + BLOCK))} for start in (0, 2 * BLOCK))
+    # Half of the rows agree on average, with a std of 11.
+    assert 400 < len(first & second) < 600
+
+
 def test_samples_depend_on_seed_and_number_alone():
     first, again, other = (Mixture([100], [1], [[1, 1, 0]], seed) for seed in (1, 1, 2))
     numbers = [3, 999, 1000, 123_456_789]

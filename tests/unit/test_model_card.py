@@ -79,7 +79,7 @@ def test_backbone_is_named_where_the_config_names_it():
     assert make_model_card(config, "me/tiny").data.base_model is None
 
 
-def test_what_other_systems_lack_is_not_told_of():
+def test_what_other_systems_lack_is_left_out():
     vq = MMARVQConfig(
         **tiny_arguments() | {"vae_config": {**tiny_config().vae_config, "num_vq_embeddings": 2048, "vq_embed_dim": 4}}
     )

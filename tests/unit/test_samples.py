@@ -307,6 +307,17 @@ def test_bad_rows_are_replaced_and_told(processor):
         make_samples(processor, 60, rows)[0]
 
 
+def test_a_broken_row_is_not_tried_again(processor):
+    good, broken = make_rows()[:1], {**make_rows()[1], "image": b"broken"}
+    samples = make_samples(processor, 40, [*good, broken, broken])
+    tried = [[row for _, row, _ in samples[number]["skipped"]] for number in range(40)]
+    replaced = [rows for rows in tried if rows]
+    assert len(replaced) > 20 and all(rows[:2] in ([1], [2], [1, 2], [2, 1]) for rows in replaced)
+    # Of two rows the other one is taken at once.
+    samples = make_samples(processor, 40, [*good, broken])
+    assert {len(samples[number]["skipped"]) for number in range(40)} == {0, 1}
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_reports_call_a_source_by_its_name(processor, maker, tmp_path, streaming):
     rows = [{**row, "image": {"bytes": row["image"], "path": None}} for row in make_rows()]
