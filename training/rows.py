@@ -25,7 +25,7 @@ from typing import Any
 import fsspec
 from PIL import Image
 
-from ..processors.image_processing_mmar import MMARImageProcessor
+from ..processors.image_processing_mmar import MMARImageProcessor, read_image
 from ..processors.processing_mmar import IMAGE_TOKEN_ALIAS
 from .views import KINDS
 
@@ -143,14 +143,14 @@ def open_pictures(row: dict[str, Any], name: str = "the row") -> list[Image.Imag
     return opened
 
 
-def _open_picture(picture: bytes | str | Path | Image.Image) -> Image.Image:
+def _open_picture(picture: Any) -> Image.Image:
+    # A path here is one that `make_row` made of what the data says: of a file, never of a URL.
+    image = read_image(Path(picture) if isinstance(picture, str) else picture)
+    if isinstance(image, Image.Image) and image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    # Others as the model sees them, to and fro without loss.
     reader = MMARImageProcessor(do_resize=False, do_center_crop=False)
-    fetched = reader.fetch_images(picture)
-    if fetched is not picture and fetched.mode == "RGB" and not fetched.has_transparency_data:
-        return fetched
-    # Other modes, and PIL pictures, which may be still unread and turned: as the model sees them, to and fro without
-    # loss.
-    return reader.postprocess(reader(fetched)["pixel_values"])[0]
+    return reader.postprocess(reader(image)["pixel_values"])[0]
 
 
 # Columns to rows

@@ -1,16 +1,22 @@
 """Image processor of MMAR: any picture to `pixel_values` in [-1, 1], and back. Needs neither torchvision nor a GPU."""
 
 import base64
-import binascii
+import io
 import os
-from io import BytesIO
+import string
+import threading
+from collections.abc import Callable
 from typing import Any, TypedDict
+from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 import torch
 from huggingface_hub.utils import get_session
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature, get_size_dict
+
+from .configuration_mmar import shorten
 
 
 AUTO_MAP = {"AutoImageProcessor": "image_processing_mmar.MMARImageProcessor"}
@@ -20,6 +26,34 @@ UINT16_PER_UINT8 = 257
 # Rounding in half precision; anything further outside [0, 1] is a mistake of range.
 FLOAT_RANGE_TOLERANCE = 1e-3
 OUTPUT_TYPES = ("pil", "np", "pt")
+
+# The one reader of encoded images: which forms an image may have, which formats are opened, how much is read.
+
+# Formats that are opened. PIL knows more, among them EPS, for which it starts Ghostscript. MPO is PIL's name for the
+# JPEG files of some cameras and phones.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+# What one encoded image may hold. The pixels are PIL's default limit against decompression bombs, which other code of
+# the process may have changed.
+MAX_IMAGE_BYTES = 2**27
+MAX_IMAGE_PIXELS = 178_956_970
+# Seconds that a server may be silent, and seconds until the image must be there.
+URL_TIMEOUT = 10.0
+URL_TOTAL_TIMEOUT = 30.0
+URL_SCHEMES = ("http://", "https://")
+# What undoes each EXIF orientation.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Where PIL keeps the metadata that an orientation may stand in.
+METADATA = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
+# Of both alphabets, padding and line breaks.
+BASE64_CHARACTERS = (string.ascii_letters + string.digits + "+/-_=" + string.whitespace).encode()
 
 
 class MMARImageProcessorKwargs(TypedDict, total=False):
@@ -34,64 +68,266 @@ class MMARImageProcessorKwargs(TypedDict, total=False):
     do_normalize: bool | None
 
 
-URL_TIMEOUT = 10.0  # seconds without an answer
+def read_image(source: Any, places: bool = True) -> Any:
+    r"""
+    Reads one image, with bounds on its bytes, its pixels and the time that a server may take.
+
+    Args:
+        source: The image itself: a PIL image; a numpy array or torch tensor; the content of a file as `bytes`; a file
+            object that is open in binary mode; `{"bytes": ..., "path": ...}`, as `datasets` stores images; base64, in
+            either alphabet, with or without padding and line breaks; a data URI. Or the place where it is: a path, a
+            `file://` URI or an http(s) URL.
+        places (`bool`, *optional*, defaults to `True`): Whether a place may be named. A caller may; a row of data or
+            a request of somebody else could name any file that this process may read.
+
+    Returns:
+        Arrays and tensors as they are; anything else as an upright `PIL.Image.Image` in the file's own mode.
+
+    Raises:
+        ValueError: If it is none of these, or missing, empty, broken, truncated, too large, or of none of `FORMATS`.
+    """
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        return source
+    if isinstance(source, Image.Image):
+        return _decode(source, "the PIL image")
+    content, name = _content(source, places)
+    if not set(FORMATS) <= Image.OPEN.keys():
+        Image.init()
+    # A build of PIL may lack some; MPO comes with JPEG.
+    formats = [known for known in FORMATS if known in Image.OPEN]
+    return _decode(lambda: Image.open(io.BytesIO(content), formats=formats), name)
 
 
-def _shorten(text: str, head: int = 30, tail: int = 60) -> str:
-    """A string for error messages, without its middle if it is long: a path ends with the file's name."""
-    return text if len(text) <= head + tail else f"{text[:head]}...{text[-tail:]}"
+def read_image_file(source: Any, places: bool = True) -> bytes:
+    r"""
+    Reads the file of an image without decoding it, with the same bounds.
+
+    Args:
+        source: An encoded image or the place where it is, as `read_image` takes them.
+        places (`bool`, *optional*, defaults to `True`): Whether a place may be named.
+
+    Returns:
+        `bytes`: The content of the file, whatever it is.
+
+    Raises:
+        ValueError: If it is none of these, or missing or too large.
+    """
+    return _content(source, places)[0]
 
 
-def _open_picture(source: str | bytes | os.PathLike) -> Image.Image:
-    """Opens a path, URL, data URI, base64 string or file content as an upright PIL image, its mode kept."""
-    name = f"{len(source)} bytes" if isinstance(source, bytes) else repr(_shorten(os.fspath(source)))
-    if isinstance(source, bytes):
-        file = BytesIO(source)
-    elif isinstance(source, str) and source.startswith(("http://", "https://")):
-        try:
-            response = get_session().get(source, timeout=URL_TIMEOUT, follow_redirects=True)
-            response.raise_for_status()
-        # Refused, timed out, no such page, offline mode: the client's own classes moved between its versions.
-        except Exception as error:
-            raise ValueError(f"Expected a picture at the URL {name}; the request failed: {error}.") from error
-        file = BytesIO(response.content)
-    elif os.path.isfile(source):
-        file = source
-    elif os.path.isdir(source):
-        raise ValueError(f"Expected a picture; {name} is a folder. Pass the files in it one by one.")
-    else:
-        encoded = os.fspath(source)
-        is_data_uri = encoded.startswith("data:")
-        try:
-            file = BytesIO(base64.b64decode(encoded.split(",", 1)[-1] if is_data_uri else encoded, validate=True))
-        except (binascii.Error, ValueError) as error:
-            raise ValueError(
-                f"Expected the path of a picture file, an http(s) URL, a data URI or a base64 string; got {name}, "
-                "which is none of these. Check that the file exists."
-            ) from error
-        if not is_data_uri:
-            name = f"{name} (read as base64, because no such file exists)"
+def _decode(opened: Image.Image | Callable[[], Image.Image], name: str) -> Image.Image:
+    """An upright image of what PIL has opened or is to open."""
     try:
-        with Image.open(file) as image:
-            # Decodes everything, so that a truncated file raises here instead of giving a grey half.
-            return _upright(image)
+        image = opened if isinstance(opened, Image.Image) else opened()
+        # Tiles are what is left to be decoded.
+        if getattr(image, "tile", None) and image.format not in FORMATS:
+            raise ValueError(f"its format is {image.format}")
+        if image.width * image.height > MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError(f"it has {image.width} x {image.height} pixels.")
+        # Decodes everything, so that a truncated file raises here instead of giving a grey half.
+        image.load()
+        return _upright(image)
     except Image.DecompressionBombError as error:
         raise ValueError(
-            f"Expected a picture of at most {2 * Image.MAX_IMAGE_PIXELS} pixels, PIL's limit against decompression "
-            f"bombs; {name} has more: {error} Shrink it first."
+            f"An image must have at most {MAX_IMAGE_PIXELS} pixels, the limit against decompression bombs; {name} has "
+            f"more: {shorten(error)} Shrink it first."
         ) from error
-    # Decoders raise whatever they meet (OSError, SyntaxError, struct.error, zlib.error).
+    # Decoders raise whatever they meet (OSError, SyntaxError, struct.error, zlib.error, MemoryError).
     except Exception as error:
         raise ValueError(
-            f"Expected a picture file that PIL can read; {name} is empty, broken, truncated or of an unknown format: "
-            f"{error}. Replace the file."
+            f"An image must be a file of {', '.join(FORMATS)}; {name} is empty, broken, truncated or of another "
+            f"format: {shorten(error)}. Replace the file."
         ) from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Decodes a PIL image and applies its EXIF rotation."""
-    image.load()
-    return ImageOps.exif_transpose(image)
+    """A copy, turned as its EXIF orientation says; metadata that cannot be read turns nothing."""
+    # Of the copy, which parses the metadata anew: the file's own object may keep what was read before a parser failed.
+    turned = image.copy()
+    try:
+        method = UPRIGHT.get(turned.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # parsers of metadata raise whatever they meet
+        method = None
+    turned = turned if method is None else turned.transpose(method)
+    for key in METADATA:
+        turned.info.pop(key, None)
+    return turned
+
+
+def _content(source: Any, places: bool) -> tuple[bytes, str]:
+    """The content of a file, and what to call it in errors."""
+    content, name = _any_content(source, places)
+    if len(content) > MAX_IMAGE_BYTES:
+        raise _too_large(name)
+    return content, name
+
+
+def _any_content(source: Any, places: bool) -> tuple[bytes, str]:
+    """The content of a file, at most a byte longer than it may be, and what to call it in errors."""
+    if isinstance(source, dict) and source.get("bytes") is not None:
+        source = source["bytes"]
+        if isinstance(source, str):
+            return _from_text(source)
+    elif isinstance(source, dict) and isinstance(source.get("path"), (str, os.PathLike)):
+        source = source["path"]
+
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        content, name = bytes(source), f"{len(source)} bytes"
+        # What `base64.b64encode` returns are bytes too; no file of `FORMATS` consists of such characters alone.
+        try:
+            return _from_base64(content, name) if _is_base64(content) else (content, name)
+        except ValueError:
+            return content, name
+    if hasattr(source, "read"):
+        return _from_file_object(source)
+    if not isinstance(source, (str, os.PathLike)):
+        raise ValueError(
+            "An image must be a PIL image, a numpy array, a torch tensor, bytes, a file object, a dict with `bytes` "
+            f"or `path`, base64, a data URI, a path or a URL; got {type(source).__name__}."
+        )
+    if places and not _is_data_uri(source):
+        return _from_place(source)
+    return _from_text(source)
+
+
+def _is_data_uri(source: Any) -> bool:
+    return isinstance(source, str) and source[:5].lower() == "data:"
+
+
+def _from_text(source: str | os.PathLike) -> tuple[bytes, str]:
+    """A data URI or base64, where no place may be named."""
+    name = shorten(os.fspath(source))
+    if _is_data_uri(source):
+        return _from_data_uri(source, name)
+    try:
+        if isinstance(source, str):
+            return _from_base64(source, name)
+    except ValueError:
+        pass
+    raise ValueError(
+        "An image must be here itself, as bytes, base64 or a data URI, where somebody else than the caller names it; "
+        f"got {name}. Read the file first."
+    )
+
+
+def _from_place(source: str | os.PathLike) -> tuple[bytes, str]:
+    """The content of a path or URL, or of a base64 string, which a short one may look like."""
+    text, name = os.fspath(source), shorten(os.fspath(source))
+    if isinstance(source, str) and text.lower().startswith(URL_SCHEMES):
+        return _download(text, name), name
+    if isinstance(source, str) and text.lower().startswith("file://"):
+        parts = urlsplit(text)
+        if parts.netloc not in ("", "localhost"):
+            raise ValueError(f"A file:// URI must name a file of this machine; got {name}. Drop {parts.netloc!r}.")
+        text = url2pathname(parts.path)
+        if not os.path.isfile(text):
+            raise ValueError(f"An image must be a file; {name} is not there. Check that the file exists.")
+    if os.path.isfile(text):
+        try:
+            with open(text, "rb") as file:
+                return file.read(MAX_IMAGE_BYTES + 1), name
+        except OSError as error:
+            raise ValueError(f"An image must be a file that can be read; {name} is not: {shorten(error)}.") from error
+    if os.path.isdir(text):
+        raise ValueError(f"An image must be a file; {name} is a folder. Pass the files in it one by one.")
+    try:
+        if isinstance(source, str):
+            return _from_base64(text, f"{name} (read as base64, because no such file exists)")
+    except ValueError as error:
+        reason = error
+    else:
+        reason = None
+    raise ValueError(
+        "An image must be the path of a file, a file:// URI, an http(s) URL, a data URI or a base64 string; got "
+        f"{name}, which is none of these. Check that the file exists."
+    ) from reason
+
+
+def _from_data_uri(source: str, name: str) -> tuple[bytes, str]:
+    """The content in a data URI, in base64 or percent-encoded."""
+    head, comma, data = source.partition(",")
+    if not comma:
+        raise ValueError(f"A data URI must have its data after a comma; got {name}.")
+    if len(data) > 3 * MAX_IMAGE_BYTES:
+        raise _too_large(name)
+    content = unquote_to_bytes(data)
+    is_base64 = head.lower().rstrip().endswith(";base64") or _is_base64(content)
+    return _from_base64(content, name) if is_base64 else (content, name)
+
+
+def _is_base64(content: bytes) -> bool:
+    return not content[:64].translate(None, BASE64_CHARACTERS) and not content.translate(None, BASE64_CHARACTERS)
+
+
+def _from_base64(text: str | bytes, name: str) -> tuple[bytes, str]:
+    """The content in base64 of either alphabet, with or without padding and white space."""
+    if len(text) > 2 * MAX_IMAGE_BYTES:
+        raise _too_large(name)
+    text = text.encode(errors="replace") if isinstance(text, str) else text
+    compact = b"".join(text.split()).translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
+    try:
+        return base64.b64decode(compact + b"=" * (-len(compact) % 4), validate=True), name
+    except ValueError as error:
+        raise ValueError(f"An image in base64 must be valid; {name} is not: {error}.") from error
+
+
+def _from_file_object(source: Any) -> tuple[bytes, str]:
+    """The content of a file object, from its beginning if it can be sought."""
+    name = f"the file object {shorten(getattr(source, 'name', type(source).__name__))}"
+    try:
+        if source.seekable() if hasattr(source, "seekable") else hasattr(source, "seek"):
+            source.seek(0)
+        content = source.read(MAX_IMAGE_BYTES + 1)
+    except Exception as error:  # of whatever is behind it
+        raise ValueError(f"An image must be readable; {name} is not: {shorten(error)}.") from error
+    if not isinstance(content, bytes):
+        raise ValueError(
+            f"A file object must give bytes; {name} gives {type(content).__name__}. Open it in binary mode."
+        )
+    return content, name
+
+
+def _download(url: str, name: str) -> bytes:
+    """The content at a URL, at most a byte longer than it may be."""
+    content, failure, is_late = bytearray(), [], threading.Event()
+
+    def fetch() -> None:
+        try:
+            # Not compressed: what a few bytes may unpack to has no bound.
+            headers = {"Accept-Encoding": "identity"}
+            with get_session().stream(
+                "GET", url, timeout=URL_TIMEOUT, follow_redirects=True, headers=headers
+            ) as response:
+                response.raise_for_status()
+                for chunk in response.iter_raw():
+                    content.extend(chunk[: MAX_IMAGE_BYTES + 1 - len(content)])
+                    if is_late.is_set() or len(content) > MAX_IMAGE_BYTES:
+                        return
+        # Refused, timed out, no such page, offline mode: the client's own classes moved between its versions.
+        except Exception as error:
+            failure.append(error)
+
+    # In a thread, as the client bounds each wait for bytes and not their sum.
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    thread.join(URL_TOTAL_TIMEOUT)
+    if thread.is_alive():
+        is_late.set()
+        raise ValueError(
+            f"An image must be at its URL within {URL_TOTAL_TIMEOUT:g} seconds; {name} is not. Download it first."
+        )
+    if failure:
+        raise ValueError(
+            f"An image must be at its URL; the request of {name} failed: {shorten(failure[0])}."
+        ) from failure[0]
+    return bytes(content)
+
+
+def _too_large(name: str) -> ValueError:
+    return ValueError(f"An image must have at most {MAX_IMAGE_BYTES} bytes; {name} has more. Shrink it first.")
+
+
+# Pixels
 
 
 def _over_white(image: Image.Image) -> np.ndarray:
@@ -167,10 +403,11 @@ class MMARImageProcessor(BaseImageProcessor):
     Turns pictures into `pixel_values` of shape `(B, 3, H, W)`, float32 in [-1, 1], and back.
 
     Accepted, one or in (nested) lists: PIL images of every mode; numpy arrays and torch tensors `(H, W)`, `(H, W, C)`,
-    `(C, H, W)` or a batch of them with C in 1, 3, 4; paths; http(s) URLs; data URIs; base64 strings; file contents as
-    `bytes`. Integers are in [0, 255] (uint16: [0, 65535], divided by 257), floats in [0, 1]. Where both the first and
-    the last axis could be channels, numpy is read as `(H, W, C)` and torch as `(C, H, W)`, unless `input_data_format`
-    is given. Transparency is composited over white; EXIF rotation is applied.
+    `(C, H, W)` or a batch of them with C in 1, 3, 4; file contents as `bytes`; file objects; `{"bytes", "path"}`;
+    base64; data URIs; paths; `file://` URIs; http(s) URLs (see `read_image`). Integers are in [0, 255] (uint16:
+    [0, 65535], divided by 257), floats in [0, 1]. Where both the first and the last axis could be channels, numpy is
+    read as `(H, W, C)` and torch as `(C, H, W)`, unless `input_data_format` is given. Transparency is composited over
+    white; EXIF rotation is applied.
 
     Geometry, any aspect ratio: with `do_resize` and `do_center_crop` (the default) the picture is scaled, aspect ratio
     kept, until it just covers `size`, and what hangs over on the longer side is cut off equally at both ends. With
@@ -239,30 +476,31 @@ class MMARImageProcessor(BaseImageProcessor):
         """Configuration as a dictionary, with the `auto_map` that lets transformers find this class on the Hub."""
         return {**super().to_dict(), "auto_map": dict(AUTO_MAP)}
 
-    def fetch_images(self, images: Any) -> Any:
+    def fetch_images(self, images: Any, places: bool = True) -> Any:
         r"""
-        Opens whatever is a path, URL, data URI, base64 string or file content; other pictures pass unchanged.
+        Opens whatever is encoded or a place; PIL images, arrays and tensors pass unchanged.
 
         Args:
-            images: One picture or (nested) lists of pictures.
+            images: One image or (nested) lists of images.
+            places (`bool`, *optional*, defaults to `True`): Whether paths and URLs are followed; see `read_image`.
 
         Returns:
-            The same nesting, sources replaced by upright `PIL.Image.Image`s in the file's own mode.
+            The same nesting, with upright `PIL.Image.Image`s in the file's own mode.
 
         Raises:
-            ValueError: If a source is missing, empty, broken, truncated, or larger than PIL's limit.
+            ValueError: If an image cannot be read; see `read_image`.
         """
         if isinstance(images, (list, tuple)):
             fetched = []
             for index, image in enumerate(images):
                 try:
-                    fetched.append(self.fetch_images(image))
+                    fetched.append(self.fetch_images(image, places))
                 except ValueError as error:
                     raise ValueError(f"Picture {index} of {len(images)}: {error}") from error
             return fetched
-        if isinstance(images, (str, bytes, os.PathLike)):
-            return _open_picture(images)
-        return images
+        if images is None or isinstance(images, (Image.Image, np.ndarray, torch.Tensor)):
+            return images
+        return read_image(images, places)
 
     def flatten_images(self, images: Any) -> list[Any]:
         r"""
@@ -353,21 +591,14 @@ class MMARImageProcessor(BaseImageProcessor):
                     f"with `do_convert_rgb=False` it must be RGB; got mode {picture.mode!r}. "
                     "Set `do_convert_rgb=True` or convert it."
                 )
-            try:
-                picture = _upright(picture)
-            except Exception as error:
-                raise ValueError(f"PIL cannot decode it, its file is broken or truncated: {error}.") from error
-            return _pil_to_rgb_array(picture)
+            return _pil_to_rgb_array(read_image(picture))
 
         is_tensor = isinstance(picture, torch.Tensor)
         if is_tensor:
             picture = picture.detach().cpu()
             picture = (picture.float() if picture.is_floating_point() else picture).numpy()
         if not isinstance(picture, np.ndarray):
-            raise ValueError(
-                "it must be a PIL image, a numpy array, a torch tensor, a path, a URL, a data URI, a base64 string or "
-                f"bytes; got {type(picture).__name__}."
-            )
+            raise ValueError(f"it must be an image; got {type(picture).__name__}.")
         shape = tuple(picture.shape)
         if picture.ndim not in (2, 3) or 0 in shape:
             raise ValueError(f"an array must be (H, W), (H, W, C) or (C, H, W), none of them 0; got shape {shape}.")
@@ -474,4 +705,4 @@ class MMARImageProcessor(BaseImageProcessor):
         return [Image.fromarray(array) for array in np.rint(arrays * 255).astype(np.uint8)]
 
 
-__all__ = ["MMARImageProcessor"]
+__all__ = ["MMARImageProcessor", "read_image", "read_image_file"]
