@@ -6,21 +6,30 @@ name before it is removed. So a training that is killed at any moment, or whose 
 checkpoints as they were.
 """
 
+import functools
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..modeling_mmar.configuration_mmar import shorten
+
 
 # Where a checkpoint is written; `get_last_checkpoint` and, with the underscore, uploads to the Hub pass over it.
 SAVING_FOLDER = "_saving"
+# Locked while a training runs; the underscore as above.
+LOCK_FILE = "_lock"
 # Names and sizes of a checkpoint's files.
 MANIFEST_FILE = "manifest.json"
 
@@ -28,6 +37,72 @@ MANIFEST_FILE = "manifest.json"
 def saving_folder(output_dir: str | Path) -> Path:
     """The folder in which a new checkpoint of `output_dir` is written."""
     return Path(output_dir) / SAVING_FOLDER
+
+
+@contextmanager
+def claimed(output_dir: str | Path, is_main_process: bool = True) -> Iterator[None]:
+    r"""
+    Within the context `output_dir` is this training's alone. The kernel frees it when the process ends, also of a
+    SIGKILL.
+
+    Args:
+        output_dir (`str` or `Path`): Folder of a training; made if it is missing.
+        is_main_process (`bool`, *optional*, defaults to `True`): The other processes of the training claim nothing.
+
+    Raises:
+        ValueError: If another training runs there.
+    """
+    if not is_main_process:
+        yield
+        return
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    # One lock per process, which may be claimed again by who has it.
+    lock = FileLock(Path(output_dir).resolve() / LOCK_FILE, timeout=0, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"`output_dir` must be of one training at a time; another one runs in {shorten(str(output_dir))}. Wait "
+            "for it, or name another folder."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def find_non_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The name of the first of the tensors that holds NaN or infinity."""
+    for name, value in tensors:
+        if value.is_floating_point() and not value.is_meta and not bool(torch.isfinite(value).all()):
+            return name
+    return None
+
+
+def check_weights(tensors: Iterable[tuple[str, Tensor]], remedy: str) -> None:
+    r"""
+    Looks at weights before they are saved.
+
+    Args:
+        tensors (`Iterable[tuple[str, Tensor]]`): The weights and their names.
+        remedy (`str`): What to do, for the message.
+
+    Raises:
+        ValueError: If one holds NaN or infinity.
+    """
+    if (name := find_non_finite(tensors)) is not None:
+        raise ValueError(f"expected finite weights to save; {name} holds NaN or infinity. {remedy}")
+
+
+@functools.lru_cache(maxsize=1024)
+def _weights_error(file: str, size: int, modified: int) -> str | None:
+    """Why a safetensors file cannot be used; it is read once per process as long as its size and time stay."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            name = find_non_finite((name, opened.get_tensor(name)) for name in opened.keys())
+    except (SafetensorError, OSError) as error:
+        return f"is broken or cut off ({error})"
+    return None if name is None else f"holds NaN or infinity in {name}"
 
 
 def finish(written: Path, target: Path) -> None:
@@ -86,12 +161,13 @@ def fault(checkpoint: str | Path) -> str | None:
                 return f"{name} is missing"
             if found != size:
                 return f"{name} has {found} bytes in place of {size}"
-    for path in checkpoint.glob("*.safetensors"):
+    for path in sorted(checkpoint.glob("*.safetensors")):
         try:
-            with safe_open(path, framework="pt"):
-                pass  # reads the header, and compares it with the file's size
-        except (SafetensorError, OSError) as error:
-            return f"{path.name} is broken or cut off ({error})"
+            state = path.stat()
+        except OSError:
+            return f"{path.name} is missing"
+        if (wrong := _weights_error(str(path), state.st_size, state.st_mtime_ns)) is not None:
+            return f"{path.name} {wrong}"
     # A training that still runs may have removed it meanwhile, and what is not there has no fault.
     return None if (checkpoint / TRAINER_STATE_NAME).is_file() else f"{TRAINER_STATE_NAME} is missing"
 

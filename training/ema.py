@@ -29,7 +29,7 @@ class EMA:
     def __init__(self, model: nn.Module, decay: float):
         self.decay, self.num_updates = decay, 0
         self.shadow = {
-            name: _local(p).detach().float().clone() for name, p in model.named_parameters() if p.requires_grad
+            name: local_part(p).detach().float().clone() for name, p in model.named_parameters() if p.requires_grad
         }
 
     @torch.no_grad()
@@ -38,7 +38,7 @@ class EMA:
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (EMA_WARMUP + self.num_updates))
         parameters = dict(model.named_parameters())
-        values = [_local(parameters[name]).detach().float() for name in self.shadow]
+        values = [local_part(parameters[name]).detach().float() for name in self.shadow]
         torch._foreach_lerp_(list(self.shadow.values()), values, 1 - decay)
 
     @torch.no_grad()
@@ -47,14 +47,14 @@ class EMA:
         for name, parameter in model.named_parameters():
             if name in self.shadow:
                 value = self.shadow[name]
-                if value.shape != _local(parameter).shape:
+                if value.shape != local_part(parameter).shape:
                     value = _shard_like(value, parameter)
-                self.shadow[name] = value.to(_local(parameter).device)
+                self.shadow[name] = value.to(local_part(parameter).device)
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:
         """Within the context the model holds the averaged weights."""
-        parameters = {name: _local(p) for name, p in model.named_parameters() if name in self.shadow}
+        parameters = {name: local_part(p) for name, p in model.named_parameters() if name in self.shadow}
         kept = {name: p.detach().clone() for name, p in parameters.items()}
         self._write(parameters, self.shadow)
         try:
@@ -97,12 +97,12 @@ class EMA:
             )
         self.num_updates = num_updates
         for name, parameter in parameters.items():
-            self.shadow[name] = _shard_like(stored[name], parameter).to(_local(parameter).device)
+            self.shadow[name] = _shard_like(stored[name], parameter).to(local_part(parameter).device)
 
 
-def _local(parameter: Tensor) -> Tensor:
+def local_part(parameter: Tensor) -> Tensor:
     """This rank's shard of a parameter, or all of it."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return parameter.tolocal_part() if isinstance(parameter, DTensor) else parameter
 
 
 def _shard_like(whole: Tensor, parameter: Tensor) -> Tensor:
@@ -112,14 +112,14 @@ def _shard_like(whole: Tensor, parameter: Tensor) -> Tensor:
     mesh = parameter.device_mesh
     whole = whole.to(mesh.device_type)
     # Every rank holds the same, so that nothing needs to be sent.
-    return distribute_tensor(whole, mesh, parameter.placements, src_data_rank=None).to_local().clone()
+    return distribute_tensor(whole, mesh, parameter.placements, src_data_rank=None).tolocal_part().clone()
 
 
 def _whole(local: Tensor, parameter: Tensor) -> Tensor:
     """All of a tensor of which this rank has the shard that it has of the parameter."""
     if not isinstance(parameter, DTensor):
         return local
-    sharded = DTensor.from_local(
+    sharded = DTensor.fromlocal_part(
         local,
         parameter.device_mesh,
         parameter.placements,

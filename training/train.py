@@ -21,7 +21,7 @@ from transformers import set_seed
 from ..command import run_command
 from ..conversion.models import open_model, open_processor
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
-from .checkpoints import best_checkpoint, last_whole_checkpoint, num_steps
+from .checkpoints import best_checkpoint, claimed, last_whole_checkpoint, num_steps
 from .collator import MMARDataCollator
 from .latents import LatentCache
 from .mixture import Mixture
@@ -134,6 +134,12 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
 
 def main() -> None:
     data, args = parse(sys.argv[1:])
+    with claimed(args.output_dir, args.should_save):
+        train(data, args)
+
+
+def train(data: DataArguments, args: MMARTrainingArguments) -> None:
+    """Trains, or goes on, and writes the final weights."""
     sources = read_sources(data.data, data.latents, data.streaming)
     if data.total_batch_size is not None:
         args.gradient_accumulation_steps = accumulation_steps(

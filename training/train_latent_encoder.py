@@ -28,6 +28,7 @@ from ..modeling_mmar.embedding_vit_mmar import MMARViTLinear
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from ..pipelines.pipeline_mmar import MMARPipeline
 from ..processors.processing_mmar import MMARProcessor
+from .checkpoints import check_weights
 from .latents import LatentCache
 from .rows import BadRow, open_pictures
 from .samples import draw
@@ -190,6 +191,7 @@ def main() -> None:
     if not all(math.isfinite(value.item()) for value in losses.values()):
         raise ValueError("expected a latent encoder that learned; its loss is NaN or infinite. Lower --learning_rate.")
 
+    check_weights(model.named_parameters(), "Lower --learning_rate.")
     report = {"steps": args.num_steps}
     if held_out is not None:
         latents = encode_all(model, processor, held_out, held_out_numbers)

@@ -37,6 +37,7 @@ from ..conversion.latent_moments import LatentMoments
 from ..files import check_folder
 from ..modeling_mmar.configuration_mmar import MMARConfig
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
+from .checkpoints import check_weights
 from .views import distort, restyle
 from .words import WordReader, Words, known_words, share_told
 
@@ -168,6 +169,7 @@ def measure(vae: AutoencoderKL, pictures: Tensor) -> dict[str, float | list[floa
 
 def save(vae: AutoencoderKL, reader: WordReader, folder: Path) -> None:
     """Writes the VAE as diffusers does, and the latent encoder beside it where it learned."""
+    check_weights((*vae.named_parameters(), *reader.named_parameters()), "Lower --learning_rate.")
     vae.save_pretrained(folder)
     if reader.heads:
         save_file(reader.encoder.state_dict(), folder / LATENT_ENCODER_NAME)

@@ -33,9 +33,9 @@ from ..modeling_mmar.configuration_mmar import IGNORE_INDEX
 from ..modeling_mmar.modeling_mmar import MMARPreTrainedModel
 from ..pipelines.pipeline_mmar import MMARPipeline
 from ..processors.processing_mmar import TASKS, MMARProcessor
-from .checkpoints import fault, finish, last_whole_checkpoint, num_steps, rotate, saving_folder
+from .checkpoints import check_weights, claimed, fault, finish, last_whole_checkpoint, num_steps, rotate, saving_folder
 from .collator import MMARDataCollator, generators, sample_latents
-from .ema import EMA
+from .ema import EMA, local_part
 from .rows import BadRow, open_pictures
 from .samples import CAPTION_QUESTION, StepSampler, StreamedSamples, TrainingSamples
 from .sharding import (
@@ -317,6 +317,7 @@ class MMARTrainer(Trainer):
         self._sums, self._eval_sums = LossSums(num_train_timesteps), LossSums(num_train_timesteps)
         self._num_skipped = self._num_done_steps = 0
         self._positions: dict[int, Any] = {}
+        self._grad_norm: Tensor | float | None = None
         self._last_worker = -1
         self._is_saving = False
         self._uploading: str | None = None
@@ -391,8 +392,8 @@ class MMARTrainer(Trainer):
             **kwargs: Those of `Trainer.train`.
 
         Raises:
-            ValueError: If there is no such checkpoint, it is not whole or cannot be resumed, or a loss is NaN or
-                infinite.
+            ValueError: If there is no such checkpoint, it is not whole or cannot be resumed, another training runs in
+                `output_dir`, or a loss, the gradient's norm or a weight that is to be saved is NaN or infinite.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
@@ -411,7 +412,8 @@ class MMARTrainer(Trainer):
         if resume_from_checkpoint and isinstance(self.train_dataset, StreamedSamples):
             self._resume_streams(Path(resume_from_checkpoint))
         self._last_log = (time.monotonic(), None)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        with claimed(self.args.output_dir, self.args.should_save):
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _resume_streams(self, checkpoint: Path) -> None:
         path = checkpoint / POSITIONS_FILE.format(rank=self.args.process_index)
@@ -495,13 +497,35 @@ class MMARTrainer(Trainer):
         num_samples = (self.state.global_step - step) * self.get_total_train_batch_size(self.args)
         return {"samples_per_second": round(num_samples / (now - then), 2)}
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        self._grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self._grad_norm
+
     def _check_finite(self) -> None:
-        """Raises a `ValueError` if a loss since the last log was NaN or infinite: nothing good can come after it."""
+        """Raises a `ValueError` if a loss since the last log, or the gradient's norm, was NaN or infinite."""
+        # float16's scaler skips such a step.
+        is_used = self._grad_norm is not None and not self.accelerator.optimizer_step_was_skipped
         if not self._sums.is_finite():
-            raise ValueError(
-                f"expected finite losses; got NaN or infinity before step {self.state.global_step}. Lower "
-                "`learning_rate`, or look for broken rows; the checkpoints before it are good."
-            )
+            what = "losses"
+        elif is_used and not bool(torch.isfinite(torch.as_tensor(self._grad_norm))):
+            what = "norms of the gradient"
+        else:
+            return
+        raise ValueError(f"expected finite {what}; got NaN or infinity {self._what_to_do}")
+
+    def _check_weights(self) -> None:
+        """Raises a `ValueError` if a weight, or its average, is NaN or infinite."""
+        weights = [(name, local_part(value).detach()) for name, value in self.plain_model.named_parameters()]
+        averages = () if self.ema is None else self.ema.shadow.items()
+        averages = [(f"the average of {name}", value) for name, value in averages]
+        check_weights([*weights, *averages], f"That came {self._what_to_do}")
+
+    @property
+    def _what_to_do(self) -> str:
+        return (
+            f"before step {self.state.global_step}. Lower `learning_rate`, or look for broken rows; the checkpoints "
+            "before it are good."
+        )
 
     # ----------------------------------------------------------------------------------------------------- optimizer
 
@@ -626,6 +650,7 @@ class MMARTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         self._check_finite()
+        self._check_weights()
         if output_dir is None or Path(output_dir) == Path(self.args.output_dir):
             # An upload reads the files that this writes.
             self._finish_current_push()
@@ -647,6 +672,7 @@ class MMARTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._check_finite()
+        self._check_weights()
         run_dir = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         written = saving_folder(run_dir) / name

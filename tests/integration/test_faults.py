@@ -14,13 +14,24 @@ import threading
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from squares import losses, make_processor, make_rows, make_squares_model, make_trainer
 from transformers import TrainerCallback
 
-from mmar.training.checkpoints import MANIFEST_FILE, SAVING_FOLDER, fault, last_whole_checkpoint, rotate
+from mmar.command import run_command
+from mmar.training import train as train_command
+from mmar.training.checkpoints import (
+    MANIFEST_FILE,
+    SAVING_FOLDER,
+    claimed,
+    fault,
+    last_whole_checkpoint,
+    rotate,
+)
 
 
 ROOT = Path(__file__).parents[2]
@@ -191,6 +202,117 @@ def test_a_checkpoint_that_is_half_removed_has_no_name(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         rotate(tmp_path, 1)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+def spoil_weight(trainer):
+    trainer.model.diffusion_mlp.output_projection.bias.data[0] = float("inf")
+
+
+def spoil_average(trainer):
+    trainer.ema.shadow["diffusion_mlp.output_projection.bias"][0] = float("nan")
+
+
+class Spoil(TrainerCallback):
+    """Changes something after the optimizer's second step."""
+
+    def __init__(self, trainer, spoil):
+        self.trainer, self.spoil = trainer, spoil
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            self.spoil(self.trainer)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "name"),
+    [
+        (spoil_weight, "diffusion_mlp.output_projection.bias"),
+        (spoil_average, "the average of diffusion_mlp.output_projection.bias"),
+    ],
+)
+def test_non_finite_weights_are_not_saved(tmp_path, spoil, name):
+    trainer = make_trainer(tmp_path, make_processor(), max_steps=2, save_strategy="steps", save_steps=1)
+    trainer.add_callback(Spoil(trainer, spoil))
+    with pytest.raises(ValueError, match=f"expected finite weights to save; {name} holds NaN or infinity"):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+    # Nor is a model, after which there is no step.
+    with pytest.raises(ValueError, match="expected finite weights"):
+        trainer.save_model(str(tmp_path / "final"))
+    assert not (tmp_path / "final" / "model.safetensors").exists()
+
+
+def test_a_gradient_that_is_not_finite_ends_the_training(tmp_path):
+    trainer = make_trainer(tmp_path, make_processor(), max_steps=2, save_strategy="steps", save_steps=1)
+    # Without a weight that moves, so that only the norm tells.
+    trainer.model.diffusion_mlp.output_projection.bias.register_hook(lambda gradient: gradient * float("inf"))
+    trainer.args.max_grad_norm, trainer.args.learning_rate = 0.0, 0.0
+    trainer.args.logging_steps = 10
+    with pytest.raises(ValueError, match="expected finite norms of the gradient; got NaN or infinity before step 1"):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors"])
+def test_resuming_passes_over_weights_that_are_not_finite(two_checkpoints, name):
+    """As an earlier version saved them: of the right size, and in the manifest."""
+    folder, _ = two_checkpoints
+    tensors = load_file(folder / "checkpoint-4" / name)
+    tensors["diffusion_mlp.output_projection.bias"][1] = float("nan")
+    save_file(tensors, folder / "checkpoint-4" / name, metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match=f"checkpoint-4 is not whole: {name} holds NaN or infinity in diffusion_mlp"):
+        assert last_whole_checkpoint(folder) == str(folder / "checkpoint-2")
+
+
+def test_the_command_ends_with_status_1_where_weights_are_not_finite(tmp_path, monkeypatch):
+    processor = make_processor()
+    make_squares_model(processor).save_pretrained(tmp_path / "init")
+    processor.save_pretrained(tmp_path / "init")
+    rows = [{**row, "image": {"bytes": row["image"], "path": None}} for row in make_rows()]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    words = ["train", str(ROOT / "training/recipes/mmar_tiny_stage1.yaml"), f"model={tmp_path / 'init'}"]
+    words += [f"data={tmp_path / 'rows.parquet'}", f"output_dir={tmp_path / 'run'}", "swap_rate=0", "use_cpu=true"]
+    words += ["per_device_train_batch_size=4", "warmup_steps=0", "max_steps=1", "learning_rate=1e39"]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.delenv("MMAR_TRACEBACK", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        run_command(train_command.main)
+    assert ended.value.code.startswith("error: expected finite weights to save; ")
+    assert not list((tmp_path / "run").rglob("model.safetensors"))
+
+
+HOLD = """
+import sys, time
+from mmar.training.checkpoints import claimed
+with claimed(sys.argv[1]):
+    print("claimed", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_one_training_at_a_time_and_none_after_a_kill(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout.readline() == "claimed\n"
+        trainer = make_trainer(tmp_path, make_processor(), max_steps=1, **OPTIONS)
+        with pytest.raises(ValueError, match=f"`output_dir` must be of one training at a time; .*{tmp_path}"):
+            trainer.train()
+        # Its other processes claim nothing.
+        with claimed(tmp_path, is_main_process=False):
+            pass
+    finally:
+        other.kill()
+        other.communicate()
+    trainer.train()
+    assert losses(trainer)
+    # The command claims the folder before the trainer does.
+    with claimed(tmp_path), claimed(tmp_path):
+        pass
+    with claimed(tmp_path):
+        pass
 
 
 def test_nothing_to_resume_from(tmp_path):
