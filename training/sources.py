@@ -5,11 +5,13 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import os
 import re
 import tarfile
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,25 +25,38 @@ from huggingface_hub import constants
 from tqdm.auto import tqdm
 
 from ..files import write_whole
+from ..modeling_mmar.configuration_mmar import shorten, shorten_names
 from .rows import (
+    MAX_SAMPLE_BYTES,
     PICTURE_EXTENSIONS,
+    TEXT_EXTENSIONS,
     UNREADABLE,
     BadRow,
+    as_bad_row,
     check_columns,
     make_row,
+    unused_columns,
     wanted_columns,
 )
 
 
-# A source is refused at once if none of its first rows can be used.
+logger = logging.getLogger(__name__)
+
+# A source is refused at once if none of its first rows can be used, and says which of their parts no row takes.
 NUM_PROBED_ROWS = 100
+# Samples of a folder of pictures and texts that are one shard of its stream.
+FOLDER_SHARD_SIZE = 1000
+# Folders within such a folder that belong to other splits.
+SPLIT_FOLDERS = ("train", "test", "val", "valid", "validation", "dev", "eval")
 # Rows of a parquet file that a stream holds at a time.
 STREAM_BATCH_SIZE = 32
 # Under HF_HOME; the number is that of the index's layout.
-TAR_INDEX_FOLDER = ("mmar", "tar_index_1")
+TAR_INDEX_FOLDER = ("mmar", "tar_index_2")
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 # A byte order mark may stand before JSON.
 JSON_SPACE = re.compile(r"[\s\ufeff]*")
+# What an element's end depends on.
+JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 
 
 class Source(Protocol):
@@ -71,17 +86,19 @@ def open_source(
               `*.jsonl` (LLaVA's `conversations`, or `messages`): a file, a glob or a range of files such as
               `shard-{000..012}.tar`
             * a folder that `datasets.save_to_disk` wrote
+            * a folder of pictures with a text of the same name each, such as `001.jpg` and `001.txt` or `001.json`
             * a folder of pictures, with metadata.csv or metadata.jsonl for captions, a folder of parquet files, an id
               on the Hub, or whatever else `datasets.load_dataset` reads
         columns (`Mapping[str, str]`, *optional*): The file's columns by our keys, such as `{"image": "photo"}`, where
             `COLUMN_NAMES` does not have them; in a tar shard extensions or keys of the JSON member. A key of None is
             not read.
         split (`str`, *optional*, defaults to `"train"`): Of what `datasets` reads; files are read as they are.
-        image_folder (`str` or `Path`, *optional*): Where relative paths of pictures start; the folder of their file
-            by default.
+        image_folder (`str` or `Path`, *optional*): Where relative paths of pictures start, and what all their files
+            must lie in; the folder of their file by default.
 
     Returns:
-        `Source` of training rows, with one picture as `image` and several as `images`.
+        `Source` of training rows, with one picture as `image` and several as `images`. What it has that no row takes,
+        members of a tar, columns or files of a folder, is logged as a warning.
 
     Raises:
         ValueError: If there is no such source, it is not what its name says or has no rows, a column is missing, or
@@ -106,15 +123,23 @@ def open_source(
         rows = _load("parquet", path, "train", data_files=data_files)
         source = TableSource(rows, path, columns, image_folder or Path(files[0]).parent)
     elif kind == "tar":
-        spans = {file: _tar_spans(file) for file in tqdm(_expand(path), desc="indices of tar shards", delay=2)}
+        spans, members = {}, Counter()
+        for file in tqdm(_expand(path), desc="indices of tar shards", delay=2):
+            spans[file], own_members = _tar_spans(file)
+            members.update(own_members)
         source = FileSource(spans, _tar_record, path, columns, image_folder)
+        _warn_of_unused(path, "members", _unused_members(members, columns))
     elif kind == "json":
         spans = {file: _json_spans(file) for file in _expand(path)}
         source = FileSource(spans, _json_record, path, columns, image_folder)
+    elif kind == "folder" and (found := _find_captioned(path, split)) is not None:
+        source = FolderSource(found, path, columns, image_folder or path)
     else:
         rows = _load_saved(path, split) if kind == "saved" else _load(path, path, split)
-        folder = image_folder or (path if kind == "folder" else None)
+        folder = image_folder or (None if kind == "hub" else path)
         source = TableSource(rows, path, columns, folder)
+        if kind == "folder":
+            _warn_of_unused(path, "files", _unused_files(path, split, rows))
     return _probed(source)
 
 
@@ -142,8 +167,8 @@ def open_stream(
         `datasets.IterableDataset` of training rows.
 
     Raises:
-        ValueError: If there is no such source, it cannot be streamed, is not what its name says or has no rows, or a
-            column is missing.
+        ValueError: If there is no such source, it cannot be streamed, is not what its name says or has no rows, a
+            column is missing, or none of its first rows can be used.
     """
     path, columns = os.fspath(path), check_columns(columns)
     kind = _kind(path)
@@ -152,19 +177,39 @@ def open_stream(
             f"expected parquet files, tar shards, a folder or an id on the Hub to stream; got {path!r}. Its texts fit "
             "in memory or are mapped: open it by number."
         )
+    if kind == "folder" and (found := _find_captioned(path, split)) is not None:
+        shards = [found[start : start + FOLDER_SHARD_SIZE] for start in range(0, len(found), FOLDER_SHARD_SIZE)]
+        kwargs = {"shards": shards, "name": path, "columns": columns, "folder": image_folder or path}
+        return _probed_stream(datasets.IterableDataset.from_generator(_stream_folder, gen_kwargs=kwargs), path)
     if kind in ("hub", "folder"):
+        rows = _load(path, path, split, streaming=True)
+        if kind == "folder":
+            _warn_of_unused(path, "files", _unused_files(path, split, rows))
         folder = image_folder or (path if kind == "folder" else None)
-        return _stream_dataset(_load(path, path, split, streaming=True), path, columns, folder)
+        return _probed_stream(_stream_dataset(rows, path, columns, folder), path)
     files = _expand(path)
     if kind == "parquet":
         _check_parquet(files, columns, path)
-    elif not any(next(itertools.pairwise(_tar_bounds(file)), None) for file in files):
-        raise _no_rows(path)
-    return datasets.IterableDataset.from_generator(
+        names = dict.fromkeys(itertools.chain.from_iterable(pq.read_schema(file).names for file in files))
+        _warn_of_unused_columns(path, list(names), columns)
+    else:
+        members: Counter[str] = Counter()
+        num_samples = 0
+        for file in files:
+            # As far as the first samples: a shard that is streamed is read once.
+            own_samples = itertools.islice(itertools.pairwise(_tar_bounds(file, members)), NUM_PROBED_ROWS)
+            if (num_samples := num_samples + len(list(own_samples))) >= NUM_PROBED_ROWS:
+                break
+        if num_samples == 0:
+            raise _no_rows(path)
+        first = f"members of the first {num_samples} samples"
+        _warn_of_unused(path, first, _unused_members(members, columns))
+    stream = datasets.IterableDataset.from_generator(
         _stream_parquet if kind == "parquet" else _stream_tar,
         # `datasets` takes a list for shards.
         gen_kwargs={"files": files, "columns": columns, "image_folder": image_folder},
     )
+    return _probed_stream(stream, path)
 
 
 # Sources
@@ -184,6 +229,7 @@ class TableSource:
             raise _no_rows(self.name)
         # As Arrow, pictures stay the bytes or paths that they are, and other columns are not read.
         wanted = wanted_columns(self.rows.column_names, self.columns, self.name)
+        _warn_of_unused_columns(self.name, self.rows.column_names, self.columns)
         self.rows = self.rows.select_columns(wanted).with_format("arrow")
 
     def __len__(self) -> int:
@@ -191,8 +237,7 @@ class TableSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         _check_index(index, self)
-        record = self.rows[index].to_pylist()[0]
-        return make_row(record, self.columns, self.folder, f"row {index} of {self.name}")
+        return _table_row(self.rows[index], self.columns, self.folder, f"row {index} of {self.name}")
 
 
 @dataclass(frozen=True)
@@ -213,7 +258,12 @@ class IndexedFile:
         return cls(path, state.st_size, state.st_mtime_ns)
 
     def read(self, start: int, end: int) -> bytes:
-        """Bytes `[start, end)`; raises ValueError if the file is not what it was."""
+        """Bytes `[start, end)`; raises BadRow if they are too many, ValueError if the file is not what it was."""
+        if end - start > MAX_SAMPLE_BYTES:
+            raise BadRow(
+                f"bytes {start} to {end} of {self.path} must be at most {MAX_SAMPLE_BYTES}, a row's; got "
+                f"{end - start}. Pack them as several rows."
+            )
         try:
             # Opened each time: there may be more shards than a process may have open.
             with open(self.path, "rb") as file:
@@ -268,12 +318,46 @@ class FileSource:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        record, name, path = self.record(index)
+        return make_row(record, self.columns, self.folder or Path(path).parent, name)
+
+    def record(self, index: int) -> tuple[dict[str, Any], str, str]:
+        """Columns of a row, its name and its file."""
         _check_index(index, self)
         number = bisect_right(self._ends, index)
         file, (starts, ends) = self.files[number], self.spans[number]
         place = index - self._ends[number] + len(starts)
-        record, name = self.read_record(file.read(int(starts[place]), int(ends[place])), file.path, place)
-        return make_row(record, self.columns, self.folder or Path(file.path).parent, name)
+        data = file.read(int(starts[place]), int(ends[place]))
+        with as_bad_row(f"row {place} of {file.path}"):
+            record, name = self.read_record(data, file.path, place)
+        return record, name, file.path
+
+
+class FolderSource:
+    r"""
+    Rows of a folder of pictures that have texts of the same name.
+
+    Args:
+        samples (`list[list[str]]`): For each row its picture and its texts, paths within `name`.
+        name (`str`): The folder.
+        columns (`dict[str, str]`): Columns by our keys.
+        folder (`str` or `Path`): What all files must lie in.
+    """
+
+    def __init__(self, samples: list[list[str]], name: str, columns: dict[str, str | None], folder: str | Path):
+        self.samples, self.name, self.columns, self.folder = samples, name, columns, folder
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record, name = self.record(index)[:2]
+        return make_row(record, self.columns, self.folder, name)
+
+    def record(self, index: int) -> tuple[dict[str, Any], str, str]:
+        """Columns of a row, its name and the folder."""
+        _check_index(index, self)
+        return *_folder_record(self.samples[index], self.name), self.name
 
 
 def _check_index(index: int, source: Source) -> None:
@@ -282,35 +366,206 @@ def _check_index(index: int, source: Source) -> None:
 
 
 def _probed(source: Source) -> Source:
-    """The source, if one of its first rows can be used."""
+    """The source, if one of its first rows can be used; warns of what they have that no row takes."""
+    num_probed = min(len(source), NUM_PROBED_ROWS)
+    if isinstance(source, (FileSource, FolderSource)):
+        keys: Counter[str] = Counter()
+        for index in range(num_probed):
+            with suppress(BadRow):
+                record = source.record(index)[0]
+                inner = record.get("json")
+                keys.update(map(str, {**inner, **record} if isinstance(inner, dict) else record))
+        # Other members of a tar are counted over all samples.
+        known = [key for key in keys if key.rpartition(".")[2] not in (*PICTURE_EXTENSIONS, *TEXT_EXTENSIONS)]
+        _warn_of_unused_columns(source.name, known, source.columns, keys, f" of the first {num_probed} rows")
     reasons = []
-    for index in range(min(len(source), NUM_PROBED_ROWS)):
+    for index in range(num_probed):
         try:
             source[index]
             return source
         except BadRow as error:
             reasons.append(error)
-    raise ValueError(
-        f"expected training rows in {source.name}; none of the first {len(reasons)} can be used, the first because "
-        f"{reasons[0]}"
-    ) from reasons[0]
+    raise _no_usable(source.name, len(reasons), reasons[0]) from reasons[0]
+
+
+def _probed_stream(stream: datasets.IterableDataset, name: str) -> datasets.IterableDataset:
+    """The stream, if one of its first rows can be used."""
+    reasons = []
+    for row in itertools.islice(stream, NUM_PROBED_ROWS):
+        if UNREADABLE not in row:
+            return stream
+        reasons.append(row[UNREADABLE])
+    raise _no_usable(name, len(reasons), reasons[0]) if reasons else _no_rows(name)
+
+
+def _no_usable(name: str, num_probed: int, reason: Any) -> ValueError:
+    return ValueError(
+        f"expected training rows in {name}; none of the first {num_probed} can be used, the first because {reason}"
+    )
+
+
+# What no row takes
+
+
+def _warn_of_unused(name: str, what: str, counts: Mapping[str, int]) -> None:
+    if counts:
+        parts = [
+            f"{part} ({count})" for part, count in sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
+        ]
+        logger.warning(
+            "%s has %s that no row takes: %s. Name them with `columns`, or drop them.",
+            shorten(name),
+            what,
+            shorten_names(parts),
+        )
+
+
+def _warn_of_unused_columns(
+    name: str,
+    existing: Sequence[str],
+    columns: dict[str, str | None],
+    counts: Mapping[str, int] | None = None,
+    of: str = "",
+) -> None:
+    unused, second = unused_columns(existing, columns)
+    parts = [column if counts is None else f"{column} ({counts[column]})" for column in unused]
+    parts += [f"{column} (only where {first} is empty)" for column, first in second.items()]
+    if parts:
+        logger.warning(
+            "%s has %d columns%s that no row takes: %s. Name them with `columns`, or drop them.",
+            shorten(name),
+            len(parts),
+            of,
+            shorten_names(parts),
+        )
+
+
+def _unused_members(members: Mapping[str, int], columns: dict[str, str | None]) -> dict[str, int]:
+    """Members of tar shards by extension, without those that rows are made of."""
+    has_own_pictures = columns.get("image") is not None or columns.get("images") is not None
+
+    def is_used(extension: str) -> bool:
+        if extension.rpartition(".")[2] in PICTURE_EXTENSIONS and not has_own_pictures:
+            return True
+        unused, _ = unused_columns([extension], columns)
+        return not unused
+
+    return {extension: count for extension, count in members.items() if not is_used(extension)}
+
+
+def _unused_files(folder: str, split: str, rows: Any) -> Counter[str]:
+    """Files of a folder, by extension, that are in no split or are not what `datasets` read the folder as."""
+    kind = rows.info.builder_name
+    readers = datasets.packaged_modules._EXTENSION_TO_MODULE
+    metadata = datasets.packaged_modules._MODULE_TO_METADATA_FILE_NAMES.get(kind, ())
+    splits = datasets.load_dataset_builder(folder).config.data_files or {}
+    own = {os.path.abspath(file) for file in splits.get(split, ())}
+    others = {os.path.abspath(file) for files in splits.values() for file in files} - own
+    pictures: set[str] = set()
+    if kind == "imagefolder" and isinstance(rows, datasets.Dataset) and "image" in rows.column_names:
+        # With metadata it reads those pictures only that are named there.
+        paths = (entry["path"] for entry in rows.with_format("arrow")[:]["image"].to_pylist() if entry is not None)
+        pictures = {os.path.abspath(path) for path in paths if path}
+    unused: Counter[str] = Counter()
+    for path in map(os.path.abspath, _files_of(folder)):
+        extension = os.path.splitext(re.sub(r"\.(gz|bz2|xz|zst|lz4)$", "", path))[1].lower()
+        is_read = path in own and (
+            os.path.basename(path) in metadata
+            or extension == ".zip"
+            or readers.get(extension, ("",))[0] == kind
+            and (not pictures or path in pictures)
+        )
+        if path not in others and not is_read:
+            unused[extension or os.path.basename(path)] += 1
+    return unused
+
+
+def _files_of(folder: str) -> Iterator[str]:
+    """Paths of all files of a folder, but hidden ones, in order."""
+    for root, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (os.path.join(root, name) for name in sorted(files) if not name.startswith("."))
+
+
+# Folders of pictures and texts
+
+
+def _find_captioned(path: str, split: str) -> list[list[str]] | None:
+    """
+    For each picture of a folder its path and those of its texts, such as 001.jpg, 001.txt and 001.json, within the
+    folder; None if no picture has one, or a file of metadata describes them. Warns of files that are in no row.
+    """
+    start = os.path.join(path, split)
+    if not os.path.isdir(start):
+        start = path
+    files = [os.path.relpath(file, path) for file in _files_of(start)]
+    others = [name for name in SPLIT_FOLDERS if name != split]
+    files = [file for file in files if start != path or file.split(os.sep)[0] not in others]
+    stems: dict[str, list[str]] = {}
+    pictures, texts = [], []
+    for file in files:
+        stem, extension = os.path.splitext(file)
+        if os.path.basename(stem).lower() == "metadata":
+            return None
+        if extension[1:].lower() in PICTURE_EXTENSIONS:
+            pictures.append(file)
+        elif extension[1:].lower() in (*TEXT_EXTENSIONS, "json"):
+            stems.setdefault(stem, []).append(file)
+    for picture in pictures:
+        # 001.txt, or 001.jpg.txt.
+        texts.append(stems.get(os.path.splitext(picture)[0], []) + stems.get(picture, []))
+    if not any(texts):
+        return None
+    used = {*pictures, *itertools.chain.from_iterable(texts)}
+    unused = Counter(os.path.splitext(file)[1].lower() or os.path.basename(file) for file in files if file not in used)
+    _warn_of_unused(path, "files", unused)
+    return [[picture, *own] for picture, own in zip(pictures, texts, strict=True)]
+
+
+def _folder_record(files: list[str], folder: str) -> tuple[dict[str, Any], str]:
+    picture, *texts = files
+    name = f"{picture} of {folder}"
+    members: dict[str, Any] = {os.path.splitext(picture)[1][1:].lower(): picture}
+    for text in texts:
+        extension = os.path.splitext(text)[1][1:].lower()
+        if extension in members:
+            raise BadRow(f"{name} must have one text {extension!r}; got several. Keep one.")
+        with as_bad_row(name), open(os.path.join(folder, text), "rb") as file:
+            members[extension] = file.read(MAX_SAMPLE_BYTES)
+    return _sample_record(os.path.splitext(picture)[0], members, name), name
+
+
+def _stream_folder(
+    shards: list[list[list[str]]], name: str, columns: dict[str, str | None], folder: str | Path
+) -> Iterator[dict[str, Any]]:
+    def read(files: list[str]) -> dict[str, Any]:
+        record, own_name = _folder_record(files, name)
+        return make_row(record, columns, folder, own_name)
+
+    for files in itertools.chain.from_iterable(shards):
+        yield _row_or_reason(read, files)
 
 
 # Tar shards
 
 
-def _tar_bounds(path: str) -> Iterator[int]:
+def _tar_bounds(path: str, members: Counter[str] | None = None) -> Generator[int, None, Counter[str]]:
     """
     Where each sample of a tar shard begins, in bytes, and last where they end. As in WebDataset the members of a
-    sample stand together and share their name up to the first dot.
+    sample stand together and share their name up to the first dot. Returns the number of members by
+    extension; a caller that does not read to the end gives the counter.
     """
     last_key = None
+    members = Counter() if members is None else members
     try:
         # Not compressed: there is no seeking in what is.
         with tarfile.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members = []  # or tarfile keeps all headers
-                key, _ = _split_member(member.name)
+                key, extension = _split_member(member.name)
+                if not member.isdir():
+                    extension = extension if key is not None else os.path.basename(member.name)
+                    members[extension if member.isreg() else f"{extension}, a link or device"] += 1
                 if member.isreg() and key is not None and key != last_key:
                     last_key = key
                     yield member.offset
@@ -318,7 +573,7 @@ def _tar_bounds(path: str) -> Iterator[int]:
             # tarfile takes a broken header for the end, where zeros, or nothing at all, must stand.
             tar.fileobj.seek(end)
             rest = tar.fileobj.read(tarfile.BLOCKSIZE)
-    except (tarfile.TarError, OSError) as error:
+    except (tarfile.TarError, OSError, RecursionError) as error:
         raise ValueError(
             f"expected a tar shard, not compressed, at {path!r}; it cannot be read ({error}). Download or pack it "
             "again."
@@ -328,25 +583,35 @@ def _tar_bounds(path: str) -> Iterator[int]:
             f"expected a whole tar shard at {path!r}; it is broken after byte {end}. Download or pack it again."
         )
     yield end
+    return members
 
 
-def _tar_spans(path: str) -> tuple[np.ndarray, np.ndarray]:
-    """Where the samples of a shard begin and end; kept from the first time, 8 bytes a sample."""
+def _tar_spans(path: str) -> tuple[tuple[np.ndarray, np.ndarray], dict[str, int]]:
+    """
+    Where the samples of a shard begin and end, and how many members it has by extension; kept from the first time, 8
+    bytes a sample.
+    """
     state = os.stat(path)
     # By its whole path: files of one name, size and time are not rare among shards.
     key = b"\0".join([os.fsencode(os.path.realpath(path)), b"%d" % state.st_size, b"%d" % state.st_mtime_ns])
     kept = Path(constants.HF_HOME, *TAR_INDEX_FOLDER, hashlib.blake2b(key, digest_size=16).hexdigest() + ".npy")
     try:
-        bounds = np.load(kept)
+        with open(kept, "rb") as file:
+            bounds, members = np.load(file), dict(json.load(file))
     # It is not there, or a full disk cut it.
-    except (OSError, ValueError, EOFError):
-        bounds = np.fromiter(_tar_bounds(path), np.int64)
+    except (OSError, ValueError, TypeError, EOFError):
+        members = {}
+
+        def walk() -> Iterator[int]:
+            members.update((yield from _tar_bounds(path)))
+
+        bounds = np.fromiter(walk(), np.int64)
         with suppress(OSError):  # a cache that cannot be written is done without
             content = io.BytesIO()
             np.save(content, bounds)
-            write_whole(kept, content.getvalue())
+            write_whole(kept, content.getvalue() + json.dumps(members).encode())
     # Views: a sample ends where the next one begins.
-    return bounds[:-1], bounds[1:]
+    return (bounds[:-1], bounds[1:]), members
 
 
 def _split_member(name: str) -> tuple[str | None, str]:
@@ -359,7 +624,7 @@ def _split_member(name: str) -> tuple[str | None, str]:
 def _tar_record(data: bytes, path: str, place: int) -> tuple[dict[str, Any], str]:
     """Columns of a sample: its text and pictures by extension, and what its JSON holds."""
     members: dict[str, Any] = {}
-    key, name = "", path
+    key, name, num_bytes = "", path, 0
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
         for member in tar:
             own_key, extension = _split_member(member.name)
@@ -368,7 +633,15 @@ def _tar_record(data: bytes, path: str, place: int) -> tuple[dict[str, Any], str
             key, name = own_key, f"sample {own_key!r} of {path}"
             if extension in members:
                 raise BadRow(f"{name} must have one member {extension!r}; got several. Pack it again.")
+            num_bytes += member.size
+            if num_bytes > MAX_SAMPLE_BYTES:  # of a sparse member the shard holds less
+                raise BadRow(f"{name} must hold at most {MAX_SAMPLE_BYTES} bytes; got {num_bytes}. Pack it again.")
             members[extension] = tar.extractfile(member).read()
+    return _sample_record(key, members, name), name
+
+
+def _sample_record(key: str, members: dict[str, Any], name: str) -> dict[str, Any]:
+    """Columns of a sample, from its members by extension: contents, or of pictures their paths."""
     record: dict[str, Any] = {"__key__": key}
     pictures = []
     for extension, content in members.items():
@@ -376,17 +649,19 @@ def _tar_record(data: bytes, path: str, place: int) -> tuple[dict[str, Any], str
         if last in PICTURE_EXTENSIONS:
             record[extension] = content
             pictures.append(content)
-        elif last in ("txt", "json"):
+        elif last in (*TEXT_EXTENSIONS, "json"):
             try:
-                record[extension] = content.decode("utf-8").strip() if last == "txt" else json.loads(content)
-            except ValueError as error:
-                raise BadRow(f"{name} must have its {extension!r} as UTF-8 {last}; it is not: {error}.") from error
+                record[extension] = json.loads(content) if last == "json" else content.decode("utf-8").strip()
+            except (ValueError, RecursionError) as error:
+                raise BadRow(
+                    f"{name} must have its {extension!r} as UTF-8 {last}; it is not: {shorten(error)}."
+                ) from error
     if not isinstance(record.get("json", {}), dict):
         raise BadRow(f"{name} must have a JSON object as 'json'; got {type(record['json']).__name__}.")
     if pictures:
         # In place of paths in the JSON.
         record["image"], record["images"] = (pictures[0], None) if len(pictures) == 1 else (None, pictures)
-    return record, name
+    return record
 
 
 # JSON
@@ -432,7 +707,12 @@ def _list_spans(text: str, start: int) -> list[tuple[int, int]]:
             if not text.startswith(",", position):
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
             position = JSON_SPACE.match(text, position + 1).end()
-        _, end = decoder.raw_decode(text, position)
+        try:
+            _, end = decoder.raw_decode(text, position)
+        except json.JSONDecodeError:
+            raise
+        except (RecursionError, ValueError):  # too deep, or a number of too many digits: one bad row
+            end = _element_end(text, position)
         spans.append((position, end))
         position = JSON_SPACE.match(text, end).end()
     if JSON_SPACE.match(text, position + 1).end() != len(text):
@@ -448,12 +728,22 @@ def _list_spans(text: str, start: int) -> list[tuple[int, int]]:
     return in_bytes
 
 
+def _element_end(text: str, position: int) -> int:
+    """Where an object or list ends that cannot be decoded."""
+    depth = 0
+    for token in JSON_TOKEN.finditer(text, position):
+        depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(token.group(), 0)
+        if depth <= 0:
+            return token.end()
+    raise json.JSONDecodeError("Unterminated element", text, position)
+
+
 def _json_record(data: bytes, path: str, place: int) -> tuple[dict[str, Any], str]:
     name = f"row {place} of {path}"
     try:
         record = json.loads(data)
-    except ValueError as error:
-        raise BadRow(f"{name} must be a JSON object; it is broken: {error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"{name} must be a JSON object; it is broken: {shorten(error)}.") from error
     if not isinstance(record, dict):
         raise BadRow(f"{name} must be a JSON object; got {type(record).__name__}.")
     return record, name
@@ -471,18 +761,28 @@ def _stream_parquet(
             with pq.ParquetFile(path) as file:
                 wanted = wanted_columns(file.schema_arrow.names, columns, path)
                 batches = file.iter_batches(STREAM_BATCH_SIZE, columns=wanted)
-                records = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+                records = (batch.slice(place, 1) for batch in batches for place in range(batch.num_rows))
                 for index, record in enumerate(records):
-                    yield _row_or_reason(make_row, record, columns, folder, f"row {index} of {path}")
+                    yield _row_or_reason(_table_row, record, columns, folder, f"row {index} of {path}")
         except (pa.ArrowException, OSError) as error:
             raise _vanished(path, error) from error
+
+
+def _table_row(
+    record: pa.RecordBatch | pa.Table, columns: dict[str, str | None], folder: str | Path | None, name: str
+) -> dict[str, Any]:
+    with as_bad_row(name):  # such as text that is not UTF-8
+        values = record.to_pylist()[0]
+    return make_row(values, columns, folder, name)
 
 
 def _stream_tar(
     files: list[str], columns: dict[str, str | None], image_folder: str | Path | None
 ) -> Iterator[dict[str, Any]]:
     def read(file: IndexedFile, start: int, end: int) -> dict[str, Any]:
-        record, name = _tar_record(file.read(start, end), file.path, 0)
+        data = file.read(start, end)
+        with as_bad_row(f"bytes {start} to {end} of {file.path}"):
+            record, name = _tar_record(data, file.path, 0)
         return make_row(record, columns, image_folder or Path(file.path).parent, name)
 
     for path in files:
@@ -500,6 +800,7 @@ def _stream_dataset(
     if not names:
         raise _no_rows(path)
     wanted = wanted_columns(names, columns, path)
+    _warn_of_unused_columns(path, names, columns)
 
     def read(record: dict[str, Any]) -> dict[str, Any]:
         return _row_or_reason(make_row, record, columns, folder, f"a row of {path}")
@@ -536,6 +837,8 @@ def _expand(path: str) -> list[str]:
         found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
         if not found:
             raise ValueError(f"expected a file at {pattern!r}; there is none. Check the path.")
+        if strange := [file for file in found if not os.path.isfile(file)]:
+            raise ValueError(f"expected files at {pattern!r}; {shorten(strange[0])} is none. Narrow the pattern.")
         files += found
     return files
 
