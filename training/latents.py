@@ -48,7 +48,7 @@ from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from ..processors.image_processing_mmar import MMARImageProcessor, MMARImageProcessorKwargs
 from ..processors.processing_mmar import MMARProcessor
 from .mixture import stable_hash
-from .rows import BadRow, open_pictures, pictures_of
+from .rows import BadRow, as_bad_row, open_pictures, pictures_of
 from .sources import Source, open_source
 from .views import KINDS, distort, restyle
 
@@ -239,7 +239,8 @@ class _RowViews(Dataset):
             for kind, count in self.kinds.items():
                 num_views = count - 1 if kind == "picture" else count
                 pictures += [self._view(pictures[0], kind, index, copy) for copy in range(num_views)]
-            return index, self.image_processor(pictures, return_tensors="pt")["pixel_values"]
+            with as_bad_row("its picture"):
+                return index, self.image_processor(pictures, return_tensors="pt")["pixel_values"]
         except BadRow as error:
             return index, _broken(index, row, str(error))
 

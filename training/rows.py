@@ -27,7 +27,7 @@ import fsspec
 from huggingface_hub import constants
 from PIL import Image
 
-from ..modeling_mmar.configuration_mmar import shorten, shorten_names
+from ..modeling_mmar.configuration_mmar import MAX_SHOWN_LENGTH, shorten, shorten_names
 from ..processors.image_processing_mmar import MAX_IMAGE_BYTES, MMARImageProcessor, read_image, read_image_file
 from ..processors.processing_mmar import IMAGE_TOKEN_ALIAS
 from .views import KINDS
@@ -82,7 +82,7 @@ def as_bad_row(name: str) -> Iterator[None]:
     except BadRow:
         raise
     except Exception as error:
-        raise BadRow(f"{name} cannot be read: {type(error).__name__}: {shorten(error)}.") from error
+        raise BadRow(f"{name} cannot be used: {type(error).__name__}: {shorten(error)}.") from error
 
 
 def check_row(row: dict[str, Any], name: str) -> dict[str, Any]:
@@ -143,6 +143,13 @@ def check_row(row: dict[str, Any], name: str) -> dict[str, Any]:
     if row.get("messages"):
         _check_chat(row["messages"], 1 if "latents" in row else len(pictures), name)
     return row
+
+
+def row_id(row: dict[str, Any]) -> int | str | None:
+    """What reports call a row: its `id`, shortened if it is none."""
+    given = row.get("id")
+    is_short = isinstance(given, str) and len(given) <= MAX_SHOWN_LENGTH
+    return given if given is None or type(given) is int or is_short else shorten(given)
 
 
 def pictures_of(row: dict[str, Any]) -> list[Any]:
@@ -264,8 +271,8 @@ def _make_row(
     for key in TEXT_LISTS:
         if isinstance(row.get(key), str):
             row[key] = [row[key]]
-    if "id" in row and not isinstance(row["id"], int):
-        row["id"] = row["id"] if isinstance(row["id"], str) and len(row["id"]) <= 200 else shorten(row["id"])
+    if "id" in row:
+        row["id"] = row_id(row)
     pictures = _given_pictures(row.pop("image", None), row.pop("images", None), columns, name)
     if "messages" in row:
         row["messages"], inside = _chat(row["messages"], name)

@@ -36,7 +36,7 @@ from .mixture import (
     Proportions,
     stable_hash,
 )
-from .rows import BadRow, check_row, open_pictures
+from .rows import BadRow, as_bad_row, check_row, open_pictures, row_id
 from .sources import Source
 from .views import mix_tokens
 
@@ -181,16 +181,7 @@ class SampleMaker:
         Raises:
             BadRow: If the row cannot serve the task, or its texts or pictures are broken.
         """
-        kind = None
-        try:
-            if task == "i2t":
-                example, kind = self._answer(row, generator, source)
-            else:
-                example = self.processor.training_example(task, self._caption(row, task, generator))
-        except BadRow:
-            raise
-        except ValueError as error:
-            raise BadRow(str(error)) from error
+        example, kind = self._example(row, task, generator, source)
         num_images = example["input_ids"].count(self.processor.image_token_id) // self.num_latents
         sample = {**example, **self._pictures(row, kind, num_images, generator, source)}
         if task == "i2t":
@@ -204,9 +195,16 @@ class SampleMaker:
 
     def length(self, row: dict[str, Any], task: str, generator: torch.Generator, source: TrainingSource) -> int:
         """Tokens of the sample that the same arguments make, without its pictures."""
-        if task == "i2t":
-            return len(self._answer(row, generator, source)[0]["input_ids"])
-        return len(self.processor.training_example(task, self._caption(row, task, generator))["input_ids"])
+        return len(self._example(row, task, generator, source)[0]["input_ids"])
+
+    def _example(
+        self, row: dict[str, Any], task: str, generator: torch.Generator, source: TrainingSource | None
+    ) -> tuple[dict[str, list[int]], str | None]:
+        """Tokens and labels, and for i2t the kind of views that they hold for."""
+        with as_bad_row("a row"):  # tokenizers raise what they meet
+            if task == "i2t":
+                return self._answer(row, generator, source)
+            return self.processor.training_example(task, self._caption(row, task, generator)), None
 
     def _caption(self, row: dict[str, Any], task: str, generator: torch.Generator) -> str | None:
         if _num_pictures(row) != 1:
@@ -276,8 +274,9 @@ class SampleMaker:
         if num_images == 0:
             return {}
         if "latents" not in row:
-            pixel_values = self.processor.image_processor(open_pictures(row), return_tensors="pt")["pixel_values"]
-            return {"pixel_values": pixel_values}
+            with as_bad_row("a row"):
+                pictures = open_pictures(row)
+                return {"pixel_values": self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]}
         views = row["latents"]
         if kind is None:
             chosen = views["picture"][0]  # the picture itself
@@ -485,10 +484,12 @@ class StreamedSamples(IterableDataset):
                 generator = torch.Generator().manual_seed(stable_hash(*seeds, SAMPLE_DRAWS, number, len(skipped)))
                 name = self.names[source]
                 try:
-                    sample = self.maker(check_row(row, name), task, generator)
+                    with as_bad_row(name):
+                        sample = self.maker(check_row(row, name), task, generator)
                     break
                 except BadRow as error:
-                    skipped.append((name, row.get("id", places[source][1] - 1), str(error)))
+                    own_id = row_id(row)
+                    skipped.append((name, places[source][1] - 1 if own_id is None else own_id, str(error)))
             position = {"num_samples": number + 1, "places": [list(place) for place in places]}
             yield {**sample, "number": number, "skipped": skipped, "position": (worker, position)}
 

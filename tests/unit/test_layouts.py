@@ -475,7 +475,7 @@ def test_text_that_is_no_utf_8_is_a_bad_row(tmp_path):
     pq.write_table(pa.table({"image": pictures, "text": texts}), tmp_path / "a.parquet")
     source = open_source(tmp_path / "a.parquet")
     assert [source[i]["captions"] for i in (0, 2)] == [["a"], ["c"]]
-    with pytest.raises(BadRow, match="row 1 of .* cannot be read: UnicodeDecodeError"):
+    with pytest.raises(BadRow, match="row 1 of .* cannot be used: UnicodeDecodeError"):
         source[1]
     assert [row.keys() == {"unreadable"} for row in open_stream(tmp_path / "a.parquet")] == [False, True, False]
 

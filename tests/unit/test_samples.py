@@ -496,3 +496,57 @@ def test_streams_are_mixed_in_exact_proportions(processor):
     assert sum(sample["task"] == TASKS.index("t2i") for sample in samples) == pytest.approx(375, abs=20)
     # 750 and 250 samples of passes of 24 rows, 3 of them unlucky.
     assert [passes for passes, _ in samples[-1]["position"][1]["places"]] == [750 // 21, 250 // 21]
+
+
+# Nothing in one row ends a training
+
+
+def deep_list(depth=5000):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+BAD_ROWS = {
+    "half a character": {"captions": ["\ud800"], "questions": ["\ud800"], "answers": ["a"]},
+    "memory": {"image": b"memory"},
+    "recursion": {"image": b"recursion"},
+    "deep captions": {"captions": deep_list(), "questions": deep_list(), "answers": deep_list()},
+    "deep chat": {"messages": [{"role": "user", "content": deep_list()}]},
+    "numbers": {"captions": [5], "questions": [5], "answers": [5]},
+    "no list": {"image": None, "images": 5},
+}
+
+
+@pytest.mark.parametrize("bad", BAD_ROWS)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_whatever_goes_wrong_in_a_row_is_a_bad_row(processor, monkeypatch, bad, streaming):
+    def open_pictures(row):
+        if row.get("image") in (b"memory", b"recursion"):
+            raise MemoryError if row["image"] == b"memory" else RecursionError
+        return [Image.new("RGB", (8, 8))]
+
+    monkeypatch.setattr("mmar.training.samples.open_pictures", open_pictures)
+    good = {"captions": ["a red square"], "questions": ["What?"], "answers": ["a red square"]}
+    rows = [
+        {"image": b"p", **good, "id": "good"},
+        {"image": b"p", **good, **BAD_ROWS[bad], "id": {"a": [b"?" * 10**6]}},
+    ]
+    maker = SampleMaker(processor, NUM_LATENTS, 0.5)
+    if streaming:
+
+        class Stream(list):
+            def shuffle(self, **options):
+                return self
+
+        monkeypatch.setattr("mmar.training.samples.split_dataset_by_node", lambda stream, *args: stream)
+        samples = list(islice(StreamedSamples([Stream(rows)], maker, [1.0], [[1, 1, 1]], 0), 20))
+    else:
+        made = make_samples(processor, 20, rows, task_weights=(1, 1, 1))
+        samples = [made[number] for number in range(20)]
+    skipped = [entry for sample in samples for entry in sample["skipped"]]
+    assert skipped and len(json.dumps(skipped)) < 1500 * len(skipped)
+    if not streaming:
+        assert {row for _, row, _ in skipped} == {1}
+        assert all(made.length(number) >= 0 for number in range(20))
