@@ -38,6 +38,7 @@ from ..modeling_mmar.diffusion_mmar import (
     cosine_alphas_cumprod,
     diffusion_loss,
 )
+from ..modeling_mmar.frozen_parts_mmar import apply_umask
 from ..modeling_mmar.packed_linear_mmar import packed_linears
 from .study import check_plots
 
@@ -198,6 +199,7 @@ def keep(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> No
     partial = file.with_suffix(".partial")
     save_file(tensors, partial, metadata=metadata)
     partial.replace(file)
+    apply_umask(file.parent)
 
 
 def run(

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..command import run_command
+from ..modeling_mmar.frozen_parts_mmar import apply_umask
 from ..training.emoji_rows import DEPENDS_ON
 
 
@@ -243,6 +244,7 @@ def main() -> None:
         partial = args.out.with_suffix(".partial")
         save_file(trained.state_dict(), partial)
         partial.replace(args.out)
+        apply_umask(args.out.parent)
         print(json.dumps({"names": len(names), "pictures": len(pictures)}))
     else:
         print(json.dumps(score(args.folder, args.judge, args.reference)))

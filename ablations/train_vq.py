@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from ..command import run_command
 from ..files import check_folder
+from ..modeling_mmar.frozen_parts_mmar import apply_umask
 from ..training.checkpoints import check_weights
 from ..training.train_vae import gradient_loss, read_pictures, shift
 
@@ -220,6 +221,7 @@ def main() -> None:
         report["held_out"] = measure(vq, held_out)
     check_weights(vq.named_parameters(), "Lower --learning_rate.")
     vq.save_pretrained(args.out)
+    apply_umask(args.out)
     (args.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report))
 

@@ -5,13 +5,14 @@ import errno
 import json
 import re
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 from transformers import CONFIG_MAPPING
 
 from ..modeling_mmar.configuration_mmar import MMARConfig
+from ..modeling_mmar.frozen_parts_mmar import apply_umask
 
 
 @contextlib.contextmanager
@@ -46,10 +47,11 @@ def new_folder(out: str | Path, num_bytes: int = 0) -> Iterator[Path]:
             f"expected {num_bytes / 1e9:.1f} GB of room for {str(out)!r}; the disk has {free / 1e9:.1f} GB. Make "
             "room, or name a folder on another disk."
         )
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".unfinished", dir=out.parent))
+    unfinished = out.with_name(f".{out.name}.{uuid.uuid4().hex}.unfinished")
+    unfinished.mkdir()
     try:
         yield unfinished
-        unfinished.chmod(0o755)  # mkdtemp's is for its owner alone
+        apply_umask(unfinished)
         if out.is_dir():
             out.rmdir()
         unfinished.rename(out)

@@ -24,6 +24,7 @@ from transformers import set_seed
 
 from mmar import MMARForConditionalGeneration, MMARPipeline, MMARProcessor, MMARTrainer, MMARTrainingArguments
 from mmar.evaluation.emoji_styles import ask
+from mmar.modeling_mmar.frozen_parts_mmar import apply_umask
 from mmar.training.checkpoints import last_whole_checkpoint, num_steps
 from mmar.training.collator import MMARDataCollator
 from mmar.training.latents import LatentCache, cache_latents
@@ -155,6 +156,7 @@ def main() -> None:
     result["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     with trainer.ema_weights():
         model.save_pretrained(args.out / "adapter")
+        apply_umask(args.out / "adapter")
         generator = torch.Generator().manual_seed(args.seed)
         drawn = pipe([f"a photo of {name}" for name in names], generator=generator).images
     sheet(drawn, names, columns=4).save(args.out / "drawn.png")

@@ -13,7 +13,9 @@ import functools
 import hashlib
 import json
 import os
+import stat
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -164,6 +166,28 @@ def open_weights(file: Path) -> Any:
             f"expected whole safetensors in {str(file)!r}; got a missing, broken or truncated file ({error}). Copy or "
             "download it again."
         ) from error
+
+
+def apply_umask(folder: str | Path) -> None:
+    r"""
+    Gives the weights files of a folder the permissions that other new files have; safetensors writes them for their
+    owner alone.
+
+    Args:
+        folder (`str` or `Path`): Where they were written.
+    """
+    files = [file for file in Path(folder).glob("*.safetensors") if stat.S_IMODE(file.stat().st_mode) == 0o600]
+    if not files:
+        return
+    # To ask for the umask is to change it, for all threads.
+    probe = Path(folder) / f".{uuid.uuid4().hex}"
+    try:
+        probe.touch()
+        mode = stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink(missing_ok=True)
+    for file in files:
+        file.chmod(mode)
 
 
 def fetch_part(part: str, reference: dict[str, Any], **download: Any) -> list[Path]:

@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..modeling_mmar.frozen_parts_mmar import apply_umask
+
 
 EMA_FILE = "ema.safetensors"
 # Early steps average over fewer: decay (1 + t) / (10 + t), as in TensorFlow's moving averages.
@@ -80,6 +82,7 @@ class EMA:
             save_file(
                 {**whole, "num_updates": torch.tensor(self.num_updates)}, Path(folder) / EMA_FILE, {"format": "pt"}
             )
+            apply_umask(folder)
 
     @torch.no_grad()
     def load(self, folder: str | Path, model: nn.Module) -> None:

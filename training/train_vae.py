@@ -36,6 +36,7 @@ from ..command import run_command
 from ..conversion.latent_moments import LatentMoments
 from ..files import check_folder
 from ..modeling_mmar.configuration_mmar import MMARConfig
+from ..modeling_mmar.frozen_parts_mmar import apply_umask
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from .checkpoints import check_weights
 from .views import distort, restyle
@@ -173,6 +174,7 @@ def save(vae: AutoencoderKL, reader: WordReader, folder: Path) -> None:
     vae.save_pretrained(folder)
     if reader.heads:
         save_file(reader.encoder.state_dict(), folder / LATENT_ENCODER_NAME)
+    apply_umask(folder)
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, Predi
 
 from ..conversion.hub_mmar import export_remote_code
 from ..modeling_mmar.configuration_mmar import IGNORE_INDEX
+from ..modeling_mmar.frozen_parts_mmar import apply_umask
 from ..modeling_mmar.modeling_mmar import MMARPreTrainedModel
 from ..pipelines.pipeline_mmar import MMARPipeline
 from ..processors.processing_mmar import TASKS, MMARProcessor
@@ -657,6 +658,8 @@ class MMARTrainer(Trainer):
         if state_dict is None and is_sharded(self.model):
             state_dict = whole_state(self.model)
         super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            apply_umask(output_dir if output_dir is not None else self.args.output_dir)  # adapters
         if self.args.should_save and self._pipeline is not None and not self._is_adapted:
             # So that a checkpoint opens through every door.
             self._pipeline.save_index(output_dir if output_dir is not None else self.args.output_dir)

@@ -39,6 +39,7 @@ from .embedding_vit_mmar import MMAREmbeddingViT, MMARLatentEncoder, MMARViTLine
 from .frozen_parts_mmar import (
     DOWNLOAD_ARGUMENTS,
     KEY_MAPPING,
+    apply_umask,
     check_unchanged,
     complete_references,
     is_local_reference,
@@ -106,6 +107,11 @@ class KeepsDtype(nn.Module):
 class MMARAutoencoderKL(KeepsDtype, AutoencoderKL):
     """diffusers' `AutoencoderKL` in float32."""
 
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if os.path.isdir(save_directory):
+            apply_umask(save_directory)
+
 
 class MMARRotaryEmbedding(KeepsDtype, Qwen2RotaryEmbedding):
     """Qwen2's frequencies in float32, cast or loaded: in bfloat16 the positions of a long text run into each other."""
@@ -129,6 +135,11 @@ class MMARPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _keep_in_fp32_modules_strict = ["vae"]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if os.path.isdir(save_directory):
+            apply_umask(save_directory)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
