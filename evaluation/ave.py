@@ -24,7 +24,7 @@ class Row:
     One row of AVE@18, and where VLMEvalKit writes it.
 
     Args:
-        datasets (`tuple[str, ...]`): The kit's names of the benchmark; one of them is expected.
+        dataset (`str`): The kit's name of the benchmark and its split.
         file (`str`): What follows the name in the result file's name.
         column (`str`, *optional*, defaults to `"Overall"`): The value's column, or key of a JSON file.
         where (`tuple[str, str]`, *optional*): Column and value that choose the line, if the file has several.
@@ -32,7 +32,7 @@ class Row:
         maximum (`float`, *optional*, defaults to 100.0): Most points; the row is divided by `maximum / 100`.
     """
 
-    datasets: tuple[str, ...]
+    dataset: str
     file: str = "acc.csv"
     column: str = "Overall"
     where: tuple[str, str] | None = None
@@ -40,28 +40,31 @@ class Row:
     maximum: float = 100.0
 
 
-# Multiple choice comes as a share, the rest in percent. Which of the kit's figures the paper took it does not say;
-# ours: the one that the kit names "Overall" (F1 for POPE), else its first (aAcc for HallusionBench), on the splits
-# that the kit evaluates without a server.
+# Multiple choice comes as a share, the rest in percent. The paper does not name splits or figures, but its percentages
+# show them: times the size of a split, divided by 100, each of the nine in a row must be a number of answers. So they
+# are for the 2,097 questions of ScienceQA_VAL, the 1,164 of MMBench_DEV_EN and MMBench_DEV_CN in version 1.0, the 951
+# of HallusionBench's aAcc and the 900 of MMMU's validation split, and not for ScienceQA_TEST (2,017) or MMBench's
+# version 1.1, which are therefore not accepted. Ours where nothing shows it: what the kit names "Overall" (F1 for
+# POPE).
 ROWS = {
-    "AI2D": Row(("AI2D_TEST",), scale=100),
-    "ChartQA": Row(("ChartQA_TEST",)),
-    "DocVQA": Row(("DocVQA_VAL",)),
-    "HallusionBench": Row(("HallusionBench",), "score.csv", "aAcc", ("split", "Overall")),
-    "MathVista": Row(("MathVista_MINI",), "score.csv", "acc", ("Task&Skill", "Overall")),
-    "MMBench-CN": Row(("MMBench_DEV_CN", "MMBench_DEV_CN_V11"), scale=100),
-    "MMBench-EN": Row(("MMBench_DEV_EN", "MMBench_DEV_EN_V11"), scale=100),
-    "MME-P": Row(("MME",), "score.csv", "perception", maximum=2000),
-    "MME-C": Row(("MME",), "score.csv", "reasoning", maximum=800),
-    "MMMU": Row(("MMMU_DEV_VAL",), where=("split", "validation"), scale=100),
-    "MMStar": Row(("MMStar",), scale=100),
-    "MMVet": Row(("MMVet",), "score.csv", "acc", ("Category", "Overall")),
-    "OCRBench": Row(("OCRBench",), "score.json", "Final Score Norm"),
-    "POPE": Row(("POPE",), "score.csv", where=("split", "Overall")),
-    "RealWorldQA": Row(("RealWorldQA",), scale=100),
-    "ScienceQA": Row(("ScienceQA_VAL", "ScienceQA_TEST"), scale=100),
-    "SEEDBench": Row(("SEEDBench_IMG",), scale=100),
-    "TextVQA": Row(("TextVQA_VAL",)),
+    "AI2D": Row("AI2D_TEST", scale=100),
+    "ChartQA": Row("ChartQA_TEST"),
+    "DocVQA": Row("DocVQA_VAL"),
+    "HallusionBench": Row("HallusionBench", "score.csv", "aAcc", ("split", "Overall")),
+    "MathVista": Row("MathVista_MINI", "score.csv", "acc", ("Task&Skill", "Overall")),
+    "MMBench-CN": Row("MMBench_DEV_CN", scale=100),
+    "MMBench-EN": Row("MMBench_DEV_EN", scale=100),
+    "MME-P": Row("MME", "score.csv", "perception", maximum=2000),
+    "MME-C": Row("MME", "score.csv", "reasoning", maximum=800),
+    "MMMU": Row("MMMU_DEV_VAL", where=("split", "validation"), scale=100),
+    "MMStar": Row("MMStar", scale=100),
+    "MMVet": Row("MMVet", "score.csv", "acc", ("Category", "Overall")),
+    "OCRBench": Row("OCRBench", "score.json", "Final Score Norm"),
+    "POPE": Row("POPE", "score.csv", where=("split", "Overall")),
+    "RealWorldQA": Row("RealWorldQA", scale=100),
+    "ScienceQA": Row("ScienceQA_VAL", scale=100),
+    "SEEDBench": Row("SEEDBench_IMG", scale=100),
+    "TextVQA": Row("TextVQA_VAL"),
 }
 # Their files name the judge too: MODEL_MMVet_gpt-4-turbo_score.csv.
 JUDGED = ("MathVista", "MMVet")
@@ -81,8 +84,10 @@ def ave18(scores: dict[str, float]) -> float:
         ValueError: If a row is missing, unknown, no number, or out of its range.
     """
     if missing := [name for name in ROWS if name not in scores]:
+        datasets = ", ".join(dict.fromkeys(ROWS[name].dataset for name in missing))
         raise ValueError(
-            f"AVE@18 needs all {len(ROWS)} rows; missing: {', '.join(missing)}. Evaluate them, or add their scores."
+            f"AVE@18 needs all {len(ROWS)} rows; missing: {', '.join(missing)}. Evaluate {datasets} with VLMEvalKit, "
+            "or add their scores."
         )
     if unknown := sorted(set(scores) - set(ROWS)):
         raise ValueError(f"AVE@18 has the rows {', '.join(ROWS)}; got {', '.join(unknown)} too. Drop or rename them.")
@@ -96,8 +101,7 @@ def ave18(scores: dict[str, float]) -> float:
 def _result_files(folder: Path, name: str) -> list[tuple[str, Path]]:
     """Model and path of each result file of a row anywhere below a folder."""
     judge = "(?:_[^_]+)?" if name in JUDGED else ""
-    datasets = "|".join(map(re.escape, ROWS[name].datasets))
-    pattern = re.compile(rf"(.+)_(?:{datasets}){judge}_{re.escape(ROWS[name].file)}")
+    pattern = re.compile(rf"(.+)_{re.escape(ROWS[name].dataset)}{judge}_{re.escape(ROWS[name].file)}")
     # Some versions of the kit link each run's files into the model's folder: one file by two names.
     files = {path.resolve(): path for path in sorted(folder.rglob(f"*_{ROWS[name].file}"), reverse=True)}
     found = [(pattern.fullmatch(path.name), path) for path in reversed(files.values())]

@@ -30,7 +30,7 @@ def plora(model):
 
 
 def test_plora(model):
-    # 282 M and 3.23 B in the paper: r (in + out) of seven linears per layer.
+    # The paper has no such numbers; by hand, r (in + out) of seven linears per layer.
     assert count(plora(model)) == {"mmar-0.5b": 281_542_656, "mmar-7b": 3_229_614_080}[model.preset]
 
 
@@ -42,7 +42,6 @@ def test_diffusion_mlp(model):
     output = 2 * width * width + 2 * width + 16 * width + 16
     total = count(model.diffusion_mlp.parameters())
     assert total == model.config.diffusion_config.num_hidden_layers * block + inputs + output
-    # 97 M and 574 M in the paper.
     assert total == {"mmar-0.5b": 96_720_912, "mmar-7b": 574_418_960}[model.preset]
 
 

@@ -49,13 +49,49 @@ def test_the_papers_averages(column, average):
 def test_missing_unknown_and_impossible_scores_are_refused():
     scores = scores_of(3)
     missing = {name: score for name, score in scores.items() if name not in ("MMVet", "MME-C")}
-    with pytest.raises(ValueError, match="AVE@18 needs all 18 rows; missing: MME-C, MMVet. Evaluate them"):
+    with pytest.raises(ValueError, match="missing: MME-C, MMVet. Evaluate MME, MMVet with VLMEvalKit"):
         ave18(missing)
     with pytest.raises(ValueError, match="got MMB too. Drop or rename"):
         ave18({**scores, "MMB": 48.45})
     for name, wrong in (("POPE", 100.1), ("MME-P", 2000.5), ("AI2D", float("nan")), ("AI2D", "43"), ("AI2D", True)):
         with pytest.raises(ValueError, match=rf"{name} must be a number in \[0, {ROWS[name].maximum:g}\]; got"):
             ave18({**scores, name: wrong})
+
+
+SIZES = {"ScienceQA": 2097, "MMBench-EN": 1164, "MMBench-CN": 1164, "HallusionBench": 951, "MMMU": 900}
+
+
+def is_share_of(percent, size):
+    """Whether a percentage of two decimals is a number of answers, out of so many."""
+    return round(100 * round(percent * size / 100) / size, 2) == percent
+
+
+def test_the_papers_splits_are_those_that_give_whole_numbers_of_answers():
+    columns = [scores_of(column) for column in range(len(MODELS))]
+    for name, size in SIZES.items():
+        assert all(is_share_of(scores[name], size) for scores in columns), name
+    # Neither ScienceQA's test split nor what MMMU and HallusionBench have besides.
+    for name, size in (("ScienceQA", 2017), ("MMMU", 1050), ("HallusionBench", 1129)):
+        assert not all(is_share_of(scores[name], size) for scores in columns), name
+
+
+@pytest.mark.parametrize(
+    ("name", "ours", "other"),
+    [
+        ("MMBench-EN", "MMBench_DEV_EN", "MMBench_DEV_EN_V11"),
+        ("MMBench-CN", "MMBench_DEV_CN", "MMBench_DEV_CN_V11"),
+        ("MMBench-EN", "MMBench_DEV_EN", "MMBench_TEST_EN"),
+        ("ScienceQA", "ScienceQA_VAL", "ScienceQA_TEST"),
+    ],
+)
+def test_other_splits_are_not_taken_for_the_papers(tmp_path, name, ours, other):
+    write_results(tmp_path, scores_of(6))
+    (path,) = tmp_path.rglob(f"*_{ours}_acc.csv")
+    path.rename(path.with_name(path.name.replace(ours, other)))
+    scores = read_results(tmp_path)
+    assert name not in scores
+    with pytest.raises(ValueError, match=f"missing: {name}. Evaluate {ours} with VLMEvalKit"):
+        ave18(scores)
 
 
 def write_csv(path, *lines):
@@ -71,7 +107,7 @@ def write_results(folder, scores, model="mmar-7b"):
     shares = {
         "AI2D": "AI2D_TEST",
         "MMBench-CN": "MMBench_DEV_CN",
-        "MMBench-EN": "MMBench_DEV_EN_V11",
+        "MMBench-EN": "MMBench_DEV_EN",
         "MMStar": "MMStar",
         "RealWorldQA": "RealWorldQA",
         "ScienceQA": "ScienceQA_VAL",
@@ -142,7 +178,7 @@ def test_what_is_missing_twice_or_broken_is_named(tmp_path):
     with pytest.raises(ValueError, match="missing: MMStar, OCRBench"):
         ave18(read_results(tmp_path))
     write_csv(tmp_path / "mmar-7b_MMBench_DEV_EN_acc.csv", {"split": "dev", "Overall": 0.5})
-    with pytest.raises(ValueError, match="one result file for MMBench-EN; got MMBench_DEV_EN_V11/mmar-7b_"):
+    with pytest.raises(ValueError, match="one result file for MMBench-EN; got MMBench_DEV_EN/mmar-7b_"):
         read_results(tmp_path)
     (tmp_path / "mmar-7b_MMBench_DEV_EN_acc.csv").unlink()
     write_csv(tmp_path / "mmar-7b_TextVQA_VAL_acc.csv", {"overall": 5})
