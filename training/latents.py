@@ -45,7 +45,7 @@ from ..command import run_command
 from ..conversion.models import open_model, open_processor
 from ..files import UNFINISHED, write_whole
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
-from ..processors.image_processing_mmar import MMARImageProcessor, MMARImageProcessorKwargs
+from ..processors.image_processing_mmar import MMARImageProcessor, MMARImageProcessorKwargs, read_image_file
 from ..processors.processing_mmar import MMARProcessor
 from .mixture import stable_hash
 from .rows import BadRow, as_bad_row, open_pictures, pictures_of
@@ -126,15 +126,16 @@ def _row_sha256(source: Source, index: int) -> bytes:
     digest = hashlib.sha256()
     try:
         row = source[index]
+        with as_bad_row(f"row {index}"):
+            for picture in pictures_of(row):
+                if isinstance(picture, Image.Image):
+                    digest.update(f"{picture.mode} {picture.size}".encode())
+                    picture = picture.tobytes()
+                elif not isinstance(picture, bytes) and os.path.isfile(picture):
+                    picture = read_image_file(Path(picture))
+                digest.update(picture if isinstance(picture, bytes) else str(picture).encode())
     except BadRow:
         return digest.digest()
-    for picture in pictures_of(row):
-        if isinstance(picture, Image.Image):
-            digest.update(f"{picture.mode} {picture.size}".encode())
-            picture = picture.tobytes()
-        elif not isinstance(picture, bytes) and os.path.isfile(picture):
-            picture = Path(picture).read_bytes()
-        digest.update(picture if isinstance(picture, bytes) else str(picture).encode())
     digest.update(json.dumps(row.get("depends_on") or []).encode())
     return digest.digest()
 
@@ -233,13 +234,13 @@ class _RowViews(Dataset):
         row: dict[str, Any] = {}
         try:
             row = self.source[index]
-            if len(pictures_of(row)) != 1:
-                raise BadRow(f"expected one picture, since latents are kept by row; got {len(pictures_of(row))}.")
-            pictures = open_pictures(row)
-            for kind, count in self.kinds.items():
-                num_views = count - 1 if kind == "picture" else count
-                pictures += [self._view(pictures[0], kind, index, copy) for copy in range(num_views)]
-            with as_bad_row("its picture"):
+            with as_bad_row(f"row {index}"):
+                if len(pictures_of(row)) != 1:
+                    raise BadRow(f"expected one picture, since latents are kept by row; got {len(pictures_of(row))}.")
+                pictures = open_pictures(row)
+                for kind, count in self.kinds.items():
+                    num_views = count - 1 if kind == "picture" else count
+                    pictures += [self._view(pictures[0], kind, index, copy) for copy in range(num_views)]
                 return index, self.image_processor(pictures, return_tensors="pt")["pixel_values"]
         except BadRow as error:
             return index, _broken(index, row, str(error))

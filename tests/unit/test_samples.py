@@ -1,5 +1,6 @@
 import io
 import json
+import tarfile
 from itertools import islice
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from mmar.modeling_mmar.configuration_mmar import IGNORE_INDEX
 from mmar.processors.processing_mmar import TASKS
+from mmar.training import sources
 from mmar.training.collator import MMARDataCollator
 from mmar.training.mixture import BLOCK
 from mmar.training.recipe import DataArguments, SourceArguments
@@ -316,6 +318,85 @@ def test_a_broken_row_is_not_tried_again(processor):
     # Of two rows the other one is taken at once.
     samples = make_samples(processor, 40, [*good, broken])
     assert {len(samples[number]["skipped"]) for number in range(40)} == {0, 1}
+
+
+JUNK_EXIF = b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x05\x01\x12"
+
+
+def png_bytes(kind="PNG", **kwargs):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(buffer, kind, **kwargs)
+    return buffer.getvalue()
+
+
+def add_member(tar, name, content, **pax_headers):
+    member = tarfile.TarInfo(name)
+    member.size, member.pax_headers = len(content), pax_headers
+    tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("given", ["bytes", "PIL", "path"])
+def test_junk_metadata_makes_no_bad_row(processor, maker, tmp_path, kind, given):
+    content = png_bytes(kind, exif=JUNK_EXIF)
+    (tmp_path / "a").write_bytes(content)
+    for image in {"bytes": [content], "PIL": [Image.open(io.BytesIO(content))], "path": [str(tmp_path / "a")]}[given]:
+        sample = maker({"image": image, "captions": ["a red square"]}, "t2i", seeded(0))
+        assert sample["pixel_values"].shape == (1, 3, 8, 8)
+
+
+def test_no_row_of_a_file_ends_a_training(processor, tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(png_bytes())
+    good = json.dumps({"image": "a.png", "captions": ["a red square"]})
+    deep = '{"image": "a.png", "captions": ' + "[" * 10**5 + "]" * 10**5 + "}"
+    (tmp_path / "rows.jsonl").write_text("\n".join([good, deep, good]))
+    monkeypatch.setattr(sources, "MAX_SAMPLE_BYTES", 2**20)
+    with tarfile.open(tmp_path / "rows.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for number, (image, headers) in enumerate(
+            [
+                (png_bytes(), {}),
+                (png_bytes(), {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(10**13)}),  # unpacks to 10 TB
+                (bytes(2**21), {}),
+                (png_bytes(), {}),
+            ]
+        ):
+            add_member(tar, f"{number}.png", image, **headers)
+            add_member(tar, f"{number}.txt", b"a red square")
+    for name, broken in (("rows.jsonl", {1}), ("rows.tar", {1, 2})):
+        rows = sources.open_source(tmp_path / name)
+        samples = make_samples(processor, 40, rows, task_weights=(1, 0, 0))
+        skipped = [entry for number in range(40) for entry in samples[number]["skipped"]]
+        assert {row for _, row, _ in skipped} == broken
+        assert all(len(reason) < 1000 for _, _, reason in skipped)
+    unreadable = [row for row in sources.open_stream(tmp_path / "rows.tar") if "unreadable" in row]
+    assert len(unreadable) == 2
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RecursionError("too deep"), OverflowError("too large"), KeyError(1)])
+def test_whatever_a_decoder_raises_is_a_bad_row(processor, maker, monkeypatch, error):
+    row = make_rows()[0]
+    good = maker(row, "t2i", seeded(0))
+
+    def broken(*args, **kwargs):
+        raise error
+
+    for place in ("mmar.processors.image_processing_mmar.Image.open", "mmar.training.samples.open_pictures"):
+        with monkeypatch.context() as patched:
+            patched.setattr(place, broken)
+            with pytest.raises(BadRow):
+                maker(row, "t2i", seeded(0))
+    same(maker(row, "t2i", seeded(0)), good)
+
+
+def test_a_lost_source_ends_a_training(processor, tmp_path):
+    (tmp_path / "a.png").write_bytes(png_bytes())
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"image": "a.png", "captions": ["a red square"]}) + "\n")
+    samples = make_samples(processor, 4, sources.open_source(tmp_path / "rows.jsonl"), task_weights=(1, 0, 0))
+    assert not samples[0]["skipped"]
+    (tmp_path / "rows.jsonl").unlink()
+    with pytest.raises(ValueError, match="rows.jsonl") as failure:
+        samples[1]
+    assert not isinstance(failure.value, BadRow)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
