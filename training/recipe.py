@@ -2,8 +2,8 @@
 Recipes: the settings of a training in a YAML file, and `key=value` on the command line, which wins.
 
 A recipe holds fields of `DataArguments` and of `MMARTrainingArguments`, which are transformers' and MMAR's own. The
-paths, `model`, `data`, `latents` and `output_dir`, are given on the command line and stand in no recipe. `data` is one
-source of rows, or a YAML file that lists several (`read_sources`).
+paths, `model`, `data`, `latents` and `output_dir`, are given on the command line and stand in no recipe. `data`, and
+`eval_data` too, is one source of rows, or a YAML file that lists several (`read_sources`).
 """
 
 import contextlib
@@ -42,7 +42,7 @@ class DataArguments:
     latents: str | None = field(default=None, metadata={"help": "folder of the cached latents of a single source"})
     streaming: bool = field(default=False, metadata={"help": "read rows one after the other, not by number"})
     shuffle_buffer: int = field(default=1000, metadata={"help": "rows of a stream of which the next one is drawn"})
-    eval_data: str | None = field(default=None, metadata={"help": "a source of held-out rows, for `eval_strategy`"})
+    eval_data: str | None = field(default=None, metadata={"help": "held-out rows, as `data`, for `eval_strategy`"})
     num_eval_samples: int | None = field(default=None, metadata={"help": "samples of an evaluation; all rows if null"})
     task_weights: list[float] = field(
         default_factory=lambda: [0.5, 0.45, 0.05], metadata={"help": "of text to image, image to text, unconditional"}
@@ -319,7 +319,9 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
 # The sources
 
 
-def read_sources(data: str, latents: str | None = None, streaming: bool = False) -> list[SourceArguments]:
+def read_sources(
+    data: str, latents: str | None = None, streaming: bool = False, option: str = "data"
+) -> list[SourceArguments]:
     r"""
     The sources that `data` names: itself, or those of a YAML file, a list of
 
@@ -339,6 +341,7 @@ def read_sources(data: str, latents: str | None = None, streaming: bool = False)
         data (`str`): As `DataArguments.data`.
         latents (`str`, *optional*): As `DataArguments.latents`.
         streaming (`bool`, *optional*, defaults to `False`): As `DataArguments.streaming`.
+        option (`str`, *optional*, defaults to `"data"`): What names the sources, for errors.
 
     Returns:
         `list[SourceArguments]`: At least one.
@@ -350,7 +353,7 @@ def read_sources(data: str, latents: str | None = None, streaming: bool = False)
     if not data.endswith(YAML_ENDINGS):
         return [SourceArguments(path=data, name=_default_name(data), latents=latents)]
     if not Path(data).is_file():
-        raise ValueError(f"expected a YAML file of sources as `data`; there is none at {data!r}. Check the path.")
+        raise ValueError(f"expected a YAML file of sources as `{option}`; there is none at {data!r}. Check the path.")
     if latents is not None:
         raise ValueError(
             f"`latents` are those of a single source; {data} lists several. Write `latents: FOLDER` beside the `path` "

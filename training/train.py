@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import IterableDataset
 from torch import nn
 from transformers import set_seed
 
@@ -32,14 +33,15 @@ from .trainer import MMARTrainer, MMARTrainingArguments
 
 
 def open_training_source(
-    arguments: SourceArguments, model: MMARForConditionalGeneration, swap_rate: float = 0.0
+    arguments: SourceArguments, model: MMARForConditionalGeneration | None = None, swap_rate: float = 0.0
 ) -> TrainingSource:
     r"""
     Opens a source, with its cached latents.
 
     Args:
         arguments (`SourceArguments`): The source.
-        model (`MMARForConditionalGeneration`): Whose VAE must have made the latents.
+        model (`MMARForConditionalGeneration`, *optional*): Whose VAE must have made the latents; for None that is for
+            the caller to check, with `LatentCache.check`.
         swap_rate (`float`, *optional*, defaults to 0.0): As for `SampleMaker`.
 
     Raises:
@@ -50,7 +52,8 @@ def open_training_source(
     cache = None
     if arguments.latents is not None:
         cache = LatentCache(arguments.latents)
-        cache.check(model, rows)
+        if model is not None:
+            cache.check(model, rows)
     needs_relations = swap_rate > 0 or (cache is not None and cache.has_views)
     source = TrainingSource(rows, cache, needs_relations, arguments.name)
     if swap_rate > 0 and not source.contents:
@@ -77,12 +80,21 @@ def training_samples(
     return TrainingSamples(sources, maker, mixture, args.max_steps * total_batch_size, group)
 
 
+def open_streams(arguments: list[SourceArguments]) -> list[IterableDataset]:
+    """The rows of sources as streams."""
+    return [open_stream(source.path, source.columns, source.split, source.image_folder) for source in arguments]
+
+
 def streamed_samples(
-    arguments: list[SourceArguments], maker: SampleMaker, data: DataArguments, args: Any
+    arguments: list[SourceArguments],
+    maker: SampleMaker,
+    data: DataArguments,
+    args: Any,
+    streams: list[IterableDataset] | None = None,
 ) -> StreamedSamples:
-    """The samples of the streams, for this rank."""
+    """The samples of the streams, which are opened unless they are given, for this rank."""
     return StreamedSamples(
-        [open_stream(source.path, source.columns, source.split, source.image_folder) for source in arguments],
+        open_streams(arguments) if streams is None else streams,
         maker,
         [source.weight for source in arguments],
         [source.task_weights or data.task_weights for source in arguments],
@@ -95,12 +107,18 @@ def streamed_samples(
 
 
 def evaluation_samples(
-    source: TrainingSource, maker: SampleMaker, data: DataArguments, args: MMARTrainingArguments
+    sources: list[TrainingSource],
+    arguments: list[SourceArguments],
+    maker: SampleMaker,
+    data: DataArguments,
+    args: MMARTrainingArguments,
 ) -> TrainingSamples:
     """As many samples as there are rows, or as asked for: the same in each evaluation."""
-    num_samples = len(source) if data.num_eval_samples is None else data.num_eval_samples
-    mixture = Mixture([len(source)], [1.0], [data.task_weights], args.seed)
-    return TrainingSamples([source], maker, mixture, num_samples)
+    sizes = [len(source) for source in sources]
+    num_samples = sum(sizes) if data.num_eval_samples is None else data.num_eval_samples
+    weights = [source.weight for source in arguments]
+    task_weights = [source.task_weights or data.task_weights for source in arguments]
+    return TrainingSamples(sources, maker, Mixture(sizes, weights, task_weights, args.seed), num_samples)
 
 
 def check_same_vae(checkpoint: str, model: MMARForConditionalGeneration) -> None:
@@ -141,10 +159,15 @@ def main() -> None:
 def train(data: DataArguments, args: MMARTrainingArguments) -> None:
     """Trains, or goes on, and writes the final weights."""
     sources = read_sources(data.data, data.latents, data.streaming)
+    eval_sources = [] if data.eval_data is None else read_sources(data.eval_data, option="eval_data")
     if data.total_batch_size is not None:
         args.gradient_accumulation_steps = accumulation_steps(
             data.total_batch_size, args.train_batch_size, args.world_size
         )
+    # Before the model is loaded, which takes minutes and memory: what is wrong with the data shows at once.
+    opened = [] if data.streaming else [open_training_source(source, None, data.swap_rate) for source in sources]
+    streams = open_streams(sources) if data.streaming else None
+    held_out = [open_training_source(source) for source in eval_sources]
     # Saved in bfloat16 or not, the weights are trained in float32; `bf16: true` is autocast.
     model = open_model(data.model, dtype="float32", attn_implementation=data.attn_implementation)
     set_seed(args.seed)
@@ -153,17 +176,17 @@ def train(data: DataArguments, args: MMARTrainingArguments) -> None:
     cast_frozen(model, getattr(torch, data.frozen_dtype))
     processor = open_processor(data.model)
     maker = SampleMaker(processor, model.config.num_latents, data.mask_ratio_min, data.swap_rate)
-    if data.streaming:
-        train_dataset = streamed_samples(sources, maker, data, args)
+    for source in opened + held_out:
+        if source.cache is not None:
+            source.cache.check(model, source.rows)
+    if streams is not None:
+        train_dataset = streamed_samples(sources, maker, data, args, streams)
     else:
-        opened = [open_training_source(source, model, data.swap_rate) for source in sources]
         train_dataset = training_samples(opened, sources, maker, data, args)
     eval_dataset = None
-    if data.eval_data is not None:
-        held_out = open_training_source(SourceArguments(data.eval_data, "evaluation"), model)
-        eval_dataset = evaluation_samples(
-            held_out, SampleMaker(processor, maker.num_latents, data.mask_ratio_min), data, args
-        )
+    if held_out:
+        eval_maker = SampleMaker(processor, maker.num_latents, data.mask_ratio_min)
+        eval_dataset = evaluation_samples(held_out, eval_sources, eval_maker, data, args)
     trainer = MMARTrainer(
         model=model,
         args=args,
@@ -173,7 +196,7 @@ def train(data: DataArguments, args: MMARTrainingArguments) -> None:
         processing_class=processor,
     )
     last = last_whole_checkpoint(args.output_dir) if data.resume else None
-    if last is not None and any(source.latents is not None for source in sources):
+    if last is not None and any(source.cache is not None for source in opened + held_out):
         check_same_vae(last, model)
     if last is not None and 0 < args.max_steps <= num_steps(last):
         # transformers would take one more step.

@@ -153,8 +153,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     source, held_out = open_source(args.data), open_source(args.eval_data) if args.eval_data else None
-    model, processor = open_model(args.model, dtype=torch.float32), open_processor(args.model)
     cache = LatentCache(args.latents)
+    model, processor = open_model(args.model, dtype=torch.float32), open_processor(args.model)
     cache.check(model, source)
     rows, numbers = usable_rows(source, lambda number, row: cache[number])
     words = known_words(rows)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from squares import COLOURS, make_processor, make_rows, make_squares_model
 
 from mmar import MMARForConditionalGeneration, MMARPipeline, MMARProcessor
+from mmar.command import run_command
 from mmar.conversion import export
 from mmar.evaluation import emoji_styles
 from mmar.training import init_tiny, latents, train, train_latent_encoder, train_vae
@@ -236,3 +237,42 @@ def test_a_streamed_training_resumes_as_if_unbroken(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "broken" / "checkpoint-4")
     run(train, monkeypatch, *recipe, f"output_dir={tmp_path / 'broken'}", "max_steps=6")
     assert len(losses(tmp_path / "whole")) == 6 and losses(tmp_path / "broken") == losses(tmp_path / "whole")
+
+
+def test_held_out_data_may_be_what_data_is(tmp_path, monkeypatch):
+    processor = make_processor()
+    make_squares_model(processor).save_pretrained(tmp_path / "init")
+    processor.save_pretrained(tmp_path / "init")
+    for number, row in enumerate(make_rows()[:3]):
+        (tmp_path / f"{number}.png").write_bytes(row["image"])
+    rows = [{"photo": f"{number}.png", "words": "a square"} for number in range(3)]
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "rows.json").write_text(json.dumps(rows))
+    source = {"path": "lists/rows.json", "columns": {"image": "photo", "captions": "words"}, "image_folder": "."}
+    sources = [{**source, "name": "one", "task_weights": [1.0, 0.0, 0.0]}, {**source, "name": "two", "weight": 2.0}]
+    (tmp_path / "sources.yaml").write_text(yaml.safe_dump(sources))
+    recipe = [ROOT / "training/recipes/mmar_tiny_stage1.yaml", f"model={tmp_path / 'init'}", "swap_rate=0"]
+    recipe += [f"{name}={tmp_path / 'sources.yaml'}" for name in ("data", "eval_data")]
+    recipe += ["per_device_train_batch_size=4", "use_cpu=true", "max_steps=2", "warmup_steps=0"]
+    recipe += ["num_eval_samples=null"]
+    run(train, monkeypatch, *recipe, f"output_dir={tmp_path / 'out'}", "eval_strategy=steps", "eval_steps=1")
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert sum("eval_t2i_loss" in entry for entry in history) == 2
+
+
+@pytest.mark.parametrize("name", ["data", "eval_data", "latents"])
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_data_is_looked_at_before_the_model_is_loaded(tmp_path, monkeypatch, name, streaming):
+    if name == "latents" and streaming == "true":
+        return
+    rows = [{**row, "image": {"bytes": row["image"], "path": None}} for row in make_rows()]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    pq.write_table(pa.Table.from_pylist([{"image": b""}] * 3), tmp_path / "bad.parquet")
+    monkeypatch.setattr("mmar.training.train.open_model", lambda *args, **kwargs: pytest.fail("loaded"))
+    arguments = {"model": "init", "data": "rows.parquet", "output_dir": "out", "streaming": streaming, "max_steps": 1}
+    arguments |= {"eval_strategy": "steps", "eval_data": "rows.parquet", name: "bad.parquet", "use_cpu": "true"}
+    monkeypatch.chdir(tmp_path)
+    words = [f"{key}={value}" for key, value in arguments.items()]
+    recipe = ROOT / "training/recipes/mmar_tiny_stage1.yaml"
+    with pytest.raises(SystemExit, match="bad.parquet"):
+        run_command(lambda: run(train, monkeypatch, recipe, "swap_rate=0", *words))
