@@ -208,8 +208,9 @@ class MMARImageGenerationMixin:
             num_inference_steps (`int` or `tuple[int, int]`, *optional*): Diffusion steps per token, or those of the
                 first and the last round, with even changes between: later tokens are surer.
             scheduler (diffusers scheduler, *optional*): Defaults to the preset's, or `default_scheduler()`.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): One per picture, or one from which a
-                seed per picture is drawn: a picture does not depend on the others of its batch.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): One for all images, or one per image.
+                The next number of an image's generator is its seed, so that a generator gives the same image alone and
+                in a list. In float32 an image does not depend on the others of its batch; in bfloat16 rounding does.
             latents (`torch.FloatTensor` of shape `(B, C, h, w)`, *optional*): Known tokens, where `latent_mask` is
                 False (inpainting).
             latent_mask (`torch.BoolTensor` of shape `(B, N)`, *optional*): True where to generate; equally many per
@@ -591,17 +592,20 @@ def _check_guidance(scale: Any, schedule: Any, interval: Any) -> None:
 def _generator_per_image(
     generator: torch.Generator | list[torch.Generator] | None, batch: int
 ) -> list[torch.Generator]:
-    entries = generator if isinstance(generator, (list, tuple)) else [generator]
+    """A generator for each image, seeded by the next number of the one that was given for it, alone or in a list."""
     is_list = isinstance(generator, (list, tuple))
-    if wrong := [e for e in entries if (e is not None or is_list) and not isinstance(e, torch.Generator)]:
+    given = list(generator) if is_list else [generator] * batch
+    if wrong := [own for own in given if (own is not None or is_list) and not isinstance(own, torch.Generator)]:
         raise ValueError(f"`generator` must be a torch.Generator or a list of them; got {wrong[0]!r}.")
-    if isinstance(generator, (list, tuple)):
-        if len(generator) != batch:
-            raise ValueError(f"`generator` must hold one generator per picture, {batch}; got {len(generator)}.")
-        return list(generator)
-    device = "cpu" if generator is None else generator.device
-    seeds = torch.randint(0, MAX_SEED, (batch,), generator=generator, device=device).tolist()
-    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    if len(given) != batch:
+        raise ValueError(f"`generator` must hold one generator per picture, {batch}; got {len(given)}.")
+    seeded = []
+    for own in given:
+        device = "cpu" if own is None else own.device
+        # One number at a time: several at once are other numbers on an accelerator.
+        seed = int(torch.randint(0, MAX_SEED, (), generator=own, device=device))
+        seeded.append(torch.Generator(device).manual_seed(seed))
+    return seeded
 
 
 def _checked_changes(changed: Any, partial: Tensor) -> dict[str, Any]:

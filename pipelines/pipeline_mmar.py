@@ -253,8 +253,9 @@ class MMARPipeline(DiffusionPipeline):
                 first and the last autoregressive step, with even changes between.
             num_images_per_prompt (`int`, *optional*, defaults to 1): Pictures per prompt, beside each other in the
                 output.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): One per picture, or one from which
-                a seed per picture is drawn. A picture depends on its own generator only, not on its batch.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): One for all images, or one per image.
+                The next number of an image's generator is its seed, so that a generator gives the same image alone and
+                in a list. In float32 an image does not depend on the others of its batch; in bfloat16 rounding does.
             latents (`torch.FloatTensor` of shape `(B, C, h, w)`, *optional*): Known latents to keep where
                 `latent_mask` is False (inpainting); B counts all pictures.
             latent_mask (`torch.BoolTensor` of shape `(B, N)`, *optional*): True where to draw; with `latents`.

@@ -28,8 +28,8 @@ class MMARTextToImagePipeline(Pipeline):
 
     Arguments of a call, or of the pipeline as defaults of its calls: `negative_prompt`, `guidance_scale`,
     `guidance_schedule`, `guidance_interval`, `preset`, `num_ar_steps`, `num_inference_steps`, `order`, `generator`
-    (one), `scheduler`, `merge_image_weights`, `output_type` ("pil", "np" or "pt") and, of every pipeline,
-    `batch_size`.
+    (in a call also a list with one per prompt, which are generated one by one), `scheduler`, `merge_image_weights`,
+    `output_type` ("pil", "np" or "pt") and, of every pipeline, `batch_size`.
 
     Example:
 
@@ -62,7 +62,15 @@ class MMARTextToImagePipeline(Pipeline):
         Raises:
             ValueError: For arguments outside their range; see `MMARForConditionalGeneration.generate_images`.
         """
-        return super().__call__(inputs, **kwargs)
+        generate, generators = super().__call__, kwargs.get("generator")
+        if not isinstance(generators, (list, tuple)):
+            return generate(inputs, **kwargs)
+        prompts = inputs if isinstance(inputs, list) else [inputs]
+        if len(generators) != len(prompts):
+            raise ValueError(f"`generator` must be one, or one per prompt, {len(prompts)}; got {len(generators)}.")
+        pairs = zip(prompts, generators, strict=True)
+        images = [generate(prompt, **{**kwargs, "generator": own}) for prompt, own in pairs]
+        return images if isinstance(inputs, list) else images[0]
 
     def _sanitize_parameters(
         self, negative_prompt: str | None = None, output_type: str | None = None, **kwargs
@@ -72,8 +80,10 @@ class MMARTextToImagePipeline(Pipeline):
             raise ValueError(f'"text-to-image" knows the arguments {known}; got {", ".join(unknown)}. Drop them.')
         if output_type not in (None, *OUTPUT_TYPES):
             raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}; got {output_type!r}.")
-        if isinstance(kwargs.get("generator"), list):
-            raise ValueError("`generator` must be one `torch.Generator` here; got a list. `MMARPipeline` takes lists.")
+        if isinstance(kwargs.get("generator"), (list, tuple)):
+            raise ValueError(
+                "`generator` must be one `torch.Generator` of the pipeline; got a list. Give it to a call."
+            )
         preprocess = {} if negative_prompt is None else {"negative_prompt": negative_prompt}
         postprocess = {} if output_type is None else {"output_type": output_type}
         return preprocess, kwargs, postprocess

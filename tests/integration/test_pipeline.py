@@ -97,10 +97,13 @@ def test_one_prompt_in_a_list_is_the_prompt(pipe):
     assert torch.equal(latents(pipe, [PROMPT], generator=seeded()), latents(pipe, PROMPT, generator=seeded()))
 
 
-def test_num_images_per_prompt_and_generators(pipe):
+def test_a_seed_is_one_image(pipe):
+    """Kept from a list of seeds, and drawn again by itself, in each way to say so."""
     generators = [seeded(seed) for seed in range(4)]
     batch = latents(pipe, [PROMPT, OTHER], num_images_per_prompt=2, generator=generators)
-    alone = [latents(pipe, prompt, generator=[seeded(seed)]) for seed, prompt in enumerate([PROMPT] * 2 + [OTHER] * 2)]
+    alone = [latents(pipe, prompt, generator=seeded(seed)) for seed, prompt in enumerate([PROMPT] * 2 + [OTHER] * 2)]
+    listed = [latents(pipe, [prompt], generator=[seeded(seed)]) for seed, prompt in ((0, PROMPT), (3, OTHER))]
+    assert torch.equal(alone[0], listed[0]) and torch.equal(alone[3], listed[1])
     torch.testing.assert_close(batch, torch.cat(alone), **BATCH_TOLERANCE)
     # Not because all pictures are one.
     assert (batch[0] - batch[1]).abs().max() > 0.1
@@ -479,11 +482,15 @@ def test_transformers_pipeline_batches(pipe, hub_root):
     drawer = pipeline("text-to-image", model=str(hub_root / REPO))
     assert type(drawer.model) is MMARForConditionalGeneration
     alone = drawer(PROMPT, generator=seeded(), output_type="pt")
+    assert torch.equal(drawer(PROMPT, generator=[seeded()], output_type="pt"), alone)
     assert torch.equal(alone, pipe(PROMPT, generator=seeded(), output_type="pt").images[0])
     assert isinstance(drawer(PROMPT, generator=seeded()), Image.Image)
     first, second = drawer([PROMPT, OTHER], batch_size=2, generator=seeded(), output_type="pt")
     expected = pipe([PROMPT, OTHER], generator=seeded(), output_type="pt").images
     torch.testing.assert_close(torch.stack([first, second]), expected, **BATCH_TOLERANCE)
+    listed = drawer([PROMPT, OTHER], generator=[seeded(1), seeded(2)], output_type="pt")
+    expected = pipe([PROMPT, OTHER], generator=[seeded(1), seeded(2)], output_type="pt").images
+    torch.testing.assert_close(torch.stack(listed), expected, **BATCH_TOLERANCE)
 
 
 def test_transformers_pipeline_arguments(hub_root):
@@ -491,7 +498,7 @@ def test_transformers_pipeline_arguments(hub_root):
     for kwargs, message in (
         ({"steps": 3}, "got steps"),
         ({"output_type": "latent"}, "`output_type` must be one of pil, np, pt"),
-        ({"generator": [seeded()]}, "`generator` must be one"),
+        ({"generator": [seeded(), seeded()]}, "`generator` must be .* got 2"),
         ({"num_ar_steps": 17}, "between 1 and 16"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -111,11 +111,14 @@ def generate_picture(
     is_linear: bool = False,
 ) -> Tensor:
     """
-    Latents `(N, C)` of one picture. Draws from `generator` what `generate_images` draws, in the same order: the
-    permutation, then per autoregressive step the starting noise of its tokens, then per diffusion step one draw per
-    token. With `is_linear` guidance grows from 1 with the share of tokens drawn, those of the step included.
+    Latents `(N, C)` of one picture. Its seed is the next number of `generator`; a generator of that seed gives what
+    `generate_images` draws, in the same order: the permutation, then per autoregressive step the starting noise of its
+    tokens, then per diffusion step one draw per token. With `is_linear` guidance grows from 1 with the share of tokens
+    drawn, those of the step included.
     """
     num_latents, channels = model.config.num_latents, model.config.latent_channels
+    seed = torch.randint(0, 2**63 - 1, (1,), generator=generator).item()
+    generator = torch.Generator().manual_seed(seed)
     hidden = [True] * num_latents if hidden is None else list(hidden)
     tokens = torch.zeros(num_latents, channels) if known is None else known.clone()
     order = [place for place in torch.randperm(num_latents, generator=generator).tolist() if hidden[place]]

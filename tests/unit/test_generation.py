@@ -439,6 +439,25 @@ def test_one_generator_gives_the_ith_picture_whatever_the_batch(model):
     assert (same[0] - same[1]).abs().max() > 0.1
 
 
+def test_a_generator_gives_the_same_image_alone_and_in_a_list(model):
+    settings = {"guidance_scale": 2.0, "num_ar_steps": 3, "num_inference_steps": 3, "output_type": "latent"}
+    prompt = {"input_ids": random_text(1, 6), "negative_input_ids": random_text(1, 3, seed=1)}
+    alone = draw(model, 1, generator=seeded(7))
+    for own in (seeded(7), [seeded(7)], (seeded(7),)):
+        assert torch.equal(model.generate(**prompt, **settings, generator=own, generation_mode="image"), alone)
+    assert torch.equal(draw(model, 1, generator=[seeded(7)]), alone)
+
+
+def test_the_kth_image_of_a_generator_has_its_kth_seed(model):
+    text = random_text(1, 6)
+    one, two = seeded(7), seeded(7)
+    expected = draw(model, 3, generator=two, input_ids=text.repeat(3, 1))
+    listed = draw(model, 4, generator=[one, seeded(5), one, one], input_ids=text.repeat(4, 1))[[0, 2, 3]]
+    torch.testing.assert_close(listed, expected, atol=ROUNDS_ATOL, rtol=ROUNDS_ATOL)
+    # A second call goes on from there.
+    assert torch.equal(draw(model, 1, generator=one), draw(model, 1, generator=[two]))
+
+
 def test_manual_seed(model):
     outputs = []
     for seed in (1, 1, 2):
