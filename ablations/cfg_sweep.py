@@ -12,8 +12,6 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
-
 from ..benchmarks.quality import claim, folder_of, run
 from ..command import run_command
 from ..conversion.models import open_pipeline
@@ -65,8 +63,6 @@ def main() -> None:
         parser.error(f"--judge must be a script; {args.judge} is not there")
     check_plots(args.out)
     pipe, figures = open_pipeline(args.model), {}
-    if torch.accelerator.is_available():
-        pipe.to(torch.accelerator.current_accelerator())
     args.work.mkdir(parents=True, exist_ok=True)
     claim(args.work, pipe, rows)
     for seed in range(args.seeds):

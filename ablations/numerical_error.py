@@ -77,7 +77,7 @@ def general_ddim_step(noisy_latents: Tensor, output: Tensor, phi: Tensor, psi: T
 
 def read_tokens(model: str, data: Path) -> Tensor:
     """Latent tokens of all pictures of a parquet, `(I, N, C)`."""
-    pipe = open_pipeline(model, "--model")
+    pipe = open_pipeline(model, "--model", device="cpu")
     processor, tokens = pipe.processor.image_processor, []
     rows = read_rows(data)
     for start in range(0, len(rows), BATCH_SIZE):

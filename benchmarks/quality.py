@@ -208,8 +208,6 @@ def main() -> None:
         rows = [rows[i * len(rows) // args.num_rows] for i in range(args.num_rows)]
     check_folder(args.out)
     pipe = open_pipeline(args.model)
-    if torch.accelerator.is_available():
-        pipe.to(torch.accelerator.current_accelerator())
     claim(args.work, pipe, rows)
     # Merges weights, which is no setting's time.
     pipe(rows[0]["captions"][0], num_inference_steps=2)

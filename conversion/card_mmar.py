@@ -20,27 +20,27 @@ USAGE = {
 import torch
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{repo}", trust_remote_code=True)
+pipe = DiffusionPipeline.from_pretrained("{repo}", trust_remote_code=True, dtype=torch.float32)
 image = pipe({prompt}, generator=torch.Generator().manual_seed(0)).images[0]
 image.save("drawn.png")
 """,
     "transformers, text to image": """\
 from transformers import pipeline
 
-pipe = pipeline("text-to-image", model="{repo}", trust_remote_code=True)
+pipe = pipeline("text-to-image", model="{repo}", trust_remote_code=True, dtype="float32")
 pipe({prompt}).save("drawn.png")
 """,
     "transformers, image to text": """\
 from transformers import pipeline
 
-pipe = pipeline("image-text-to-text", model="{repo}", trust_remote_code=True)
+pipe = pipeline("image-text-to-text", model="{repo}", trust_remote_code=True, dtype="float32")
 content = [{{"type": "image", "url": "drawn.png"}}, {{"type": "text", "text": {question}}}]
 print(pipe(text=[{{"role": "user", "content": content}}], return_full_text=False)[0]["generated_text"])
 """,
     "transformers, model and processor": """\
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
-model = AutoModelForMultimodalLM.from_pretrained("{repo}", trust_remote_code=True)
+model = AutoModelForMultimodalLM.from_pretrained("{repo}", trust_remote_code=True, dtype="float32")
 processor = AutoProcessor.from_pretrained("{repo}", trust_remote_code=True)
 content = [{{"type": "image", "url": "drawn.png"}}, {{"type": "text", "text": {question}}}]
 inputs = processor.apply_chat_template(
@@ -55,9 +55,10 @@ print(processor.batch_decode(answer, skip_special_tokens=True)[0])
 """,
     # A line that begins with the import would have transformers and diffusers ask for the package.
     "mmar installed, no remote code": """\
+import torch
 from {package} import MMARPipeline
 
-pipe = MMARPipeline.from_pretrained("{repo}")
+pipe = MMARPipeline.from_pretrained("{repo}", dtype=torch.float32)
 pipe({prompt}).images[0].save("drawn.png")
 """,
 }
@@ -233,7 +234,11 @@ def _text(
     ]
     if facts.description:
         parts.append(facts.description.strip())
-    parts += ["## Use"]
+    parts += [
+        "## Use",
+        "The examples load float32, which a CPU computes best and in which an image does not depend on its batch. On "
+        "an accelerator leave `dtype` out: the saved one is loaded then.",
+    ]
     if not has_processor:
         parts.append(
             "The examples need the processor in this repository; `processor.push_to_hub` adds it where the model "

@@ -57,14 +57,33 @@ def _shortened(path: str | Path) -> str:
     return repr(str(path)[:MAX_PATH_LENGTH])
 
 
-def open_pipeline(path: str | Path, option: str = "`model`", **kwargs: Any) -> MMARPipeline:
+def default_device() -> torch.device:
+    """The accelerator, if there is one."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def default_dtype(device: str | torch.device) -> torch.dtype | None:
+    """
+    float32 on a CPU, in which an image and an answer do not depend on their batch; None, the saved dtype, elsewhere.
+    """
+    return torch.float32 if torch.device(device).type == "cpu" else None
+
+
+def open_pipeline(
+    path: str | Path,
+    option: str = "`model`",
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device | None = None,
+) -> MMARPipeline:
     r"""
     Loads a pipeline, for a command.
 
     Args:
         path (`str` or `Path`): Folder or repository.
         option (`str`, *optional*, defaults to "`model`"): What the user named it with.
-        **kwargs: Of `from_pretrained`.
+        dtype (`torch.dtype` or `"auto"`, *optional*): Of the weights; `"auto"` is as saved. `default_dtype` by
+            default.
+        device (`str` or `torch.device`, *optional*): Where it runs; `default_device` by default.
 
     Returns:
         `MMARPipeline`
@@ -72,8 +91,10 @@ def open_pipeline(path: str | Path, option: str = "`model`", **kwargs: Any) -> M
     Raises:
         ValueError: If it is not there, or not complete.
     """
+    device = default_device() if device is None else device
+    dtype = default_dtype(device) if dtype is None else dtype
     with opening(path, option):
-        return MMARPipeline.from_pretrained(path, **kwargs)
+        return MMARPipeline.from_pretrained(path, **({} if dtype in (None, "auto") else {"dtype": dtype})).to(device)
 
 
 def open_processor(path: str | Path, option: str = "`model`") -> MMARProcessor:

@@ -195,7 +195,7 @@ def main() -> None:
     if args.command == "export":
         export_plora(open_model(args.model), args.adapter)
         return
-    pipe = open_pipeline(args.model)
+    pipe = open_pipeline(args.model, dtype="auto", device="cpu")
     import_plora(pipe.model, args.adapter)
     with new_folder(args.out) as unfinished:
         pipe.save_pretrained(unfinished)

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoModel, GenerationConfig, PreTrainedModel
 from transformers.feature_extraction_utils import BatchFeature
 
+from ..conversion.models import default_device, default_dtype
 from ..pipelines.pipeline_mmar import MMARPipeline
 from ..processors.processing_mmar import MMARProcessor
 
@@ -90,7 +91,7 @@ class MMARAnswerer:
         cls,
         name: str,
         device: str | torch.device | None = None,
-        dtype: str | torch.dtype = "auto",
+        dtype: str | torch.dtype | None = None,
         batch_size: int = 8,
     ) -> "MMARAnswerer":
         r"""
@@ -99,7 +100,8 @@ class MMARAnswerer:
         Args:
             name (`str`): Folder or Hub id.
             device (`str` or `torch.device`, *optional*): Where the model runs; the accelerator if there is one.
-            dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): Of the weights; `"auto"` is as saved.
+            dtype (`str` or `torch.dtype`, *optional*): Of the weights; `"auto"` is as saved. float32 on a CPU by
+                default, as saved elsewhere.
             batch_size (`int`, *optional*, defaults to 8): Chats that run together.
 
         Returns:
@@ -108,16 +110,17 @@ class MMARAnswerer:
         Raises:
             ValueError: If there is no MMAR, its tokenizer is missing, or `device` or `dtype` are none that torch has.
         """
+        device = default_device() if device is None else device
         if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"`dtype` must be 'auto' or a type of torch, such as 'bfloat16'; got {dtype!r}.")
-        if device is not None:
-            try:
-                torch.empty(0, device=device)
-            # AssertionError: torch was built without it.
-            except (RuntimeError, AssertionError) as error:
-                raise ValueError(
-                    f"`device` must be one that torch has here, such as 'cpu'; got {str(device)!r} ({error})."
-                ) from error
+        try:
+            torch.empty(0, device=device)
+        # AssertionError: torch was built without it.
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"`device` must be one that torch has here, such as 'cpu'; got {str(device)!r} ({error})."
+            ) from error
+        dtype = default_dtype(device) or "auto" if dtype is None else dtype
         try:
             processor = MMARProcessor.from_pretrained(name)
         # Whatever the parts raise where a file is missing or of another model.
@@ -130,9 +133,7 @@ class MMARAnswerer:
         model = AutoModel.from_pretrained(name, dtype=dtype)
         if not hasattr(model, "default_scheduler"):
             raise ValueError(f"expected an MMAR in {str(name)!r}; got a {type(model).__name__}. Name another.")
-        if device is None and torch.accelerator.is_available():
-            device = torch.accelerator.current_accelerator()
-        return cls(model if device is None else model.to(device), processor, batch_size)
+        return cls(model.to(device), processor, batch_size)
 
     def fingerprint(self) -> str:
         """Hash of a few values of each weight: tells one training of a model from another."""

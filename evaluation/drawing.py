@@ -328,7 +328,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, help="folder to draw into, or to go on with")
     parser.add_argument("--seed", type=int, default=0, help="of the run")
     parser.add_argument("--batch_size", type=int, default=8, help="pictures drawn at once")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="as saved by default")
+    dtypes = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=dtypes, help="float32 on a CPU by default, as saved elsewhere")
     parser.add_argument("--guidance_scale", type=float, help="the model's by default, like those below")
     parser.add_argument("--preset", choices=tuple(PRESETS), help="steps and sampler")
     parser.add_argument("--num_ar_steps", type=int, help="autoregressive steps")
@@ -358,8 +359,8 @@ def draw_with(args: argparse.Namespace, prompts: Mapping[str, str], processes: P
         `str`: The model's fingerprint, as drawing.json has it.
     """
     check_folder(args.out)
-    kwargs = {} if args.dtype is None else {"dtype": getattr(torch, args.dtype)}
-    pipe = open_pipeline(args.model, **kwargs).to(processes.device)
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    pipe = open_pipeline(args.model, dtype=dtype, device=processes.device)
     options = {name: getattr(args, name) for name in OPTIONS}
     draw_pictures(pipe, prompts, args.out, args.seed, args.batch_size, processes, command, **options)
     return json.loads((args.out / MANIFEST_NAME).read_text(encoding="utf-8"))["model_sha256"]

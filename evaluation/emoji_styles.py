@@ -182,8 +182,6 @@ def main() -> None:
     if args.judge is not None and not args.judge.is_file():
         parser.error(f"--judge must be a script; {args.judge} is not there")
     pipe = open_pipeline(args.model)
-    if torch.accelerator.is_available():
-        pipe.to(torch.accelerator.current_accelerator())
     options = {name: getattr(args, name) for name in ("guidance_scale", "num_ar_steps", "num_inference_steps")}
     given = {"num_rows": args.num_rows, "seed": args.seed, **options}
     result: dict[str, Any] = {"rows": len(rows), "options": options, "captions": score_captions(pipe, rows)}

@@ -112,7 +112,8 @@ class MMARForLMMSEval(lmms):
         device (`str`, *optional*): Where it runs; the accelerator if there is one. Under `accelerate launch` each
             process has its own.
         batch_size (`int`, *optional*, defaults to 1): Requests that run together.
-        dtype (`str`, *optional*, defaults to `"auto"`): Of the weights; `"auto"` is as saved.
+        dtype (`str`, *optional*): Of the weights; `"auto"` is as saved. float32 on a CPU by default, as saved
+            elsewhere.
         max_batch_size (`int`, *optional*): Part of lmms-eval's signature; not used.
 
     Raises:
@@ -126,7 +127,7 @@ class MMARForLMMSEval(lmms):
         pretrained: str,
         device: str | None = None,
         batch_size: int | str = 1,
-        dtype: str = "auto",
+        dtype: str | None = None,
         max_batch_size: int | None = None,
     ):
         super().__init__()

@@ -78,7 +78,8 @@ class MMARForVLMEvalKit(BaseModel):
     Args:
         model_path (`str`): Folder or Hub id.
         device (`str`, *optional*): Where it runs; the accelerator if there is one.
-        dtype (`str`, *optional*, defaults to `"auto"`): Of the weights; `"auto"` is as saved.
+        dtype (`str`, *optional*): Of the weights; `"auto"` is as saved. float32 on a CPU by default, as saved
+            elsewhere.
         batch_size (`int`, *optional*, defaults to 8): Messages that `generate_batch` answers together.
         **options: Arguments of `GenerationMixin.generate`; greedy by default.
 
@@ -93,7 +94,7 @@ class MMARForVLMEvalKit(BaseModel):
         self,
         model_path: str,
         device: str | None = None,
-        dtype: str = "auto",
+        dtype: str | None = None,
         batch_size: int = 8,
         **options: Any,
     ):
@@ -351,7 +352,9 @@ def main() -> None:
     parser.add_argument("--name", help="the model's name in file names; the last part of MODEL by default")
     parser.add_argument("--limit", type=int, help="so many rows of each benchmark; all by default")
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--dtype", default="auto", help="of the weights, such as bfloat16; as saved by default")
+    parser.add_argument(
+        "--dtype", help="of the weights, such as bfloat16; float32 on a CPU by default, as saved elsewhere"
+    )
     parser.add_argument("--device", help="where the model runs; the accelerator if there is one")
     parser.add_argument("--max_new_tokens", type=int, help="most tokens of an answer; as the model has it by default")
     parser.add_argument("--judge", default=EXACT_MATCHING, help="the kit's judge for open answers; none by default")

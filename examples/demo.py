@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from mmar import MMARPipeline
+from mmar.conversion.models import open_pipeline
 from mmar.evaluation.emoji_styles import ask
 from mmar.training.emoji_rows import read_rows
 
@@ -53,9 +53,7 @@ def main() -> None:
 
     if not CHECKPOINT.is_dir():
         parser.exit(1, f"{CHECKPOINT.relative_to(ROOT)} is not there; `make train-tiny` trains it.\n")
-    pipe = MMARPipeline.from_pretrained(CHECKPOINT)
-    if torch.accelerator.is_available():
-        pipe.to(torch.accelerator.current_accelerator())
+    pipe = open_pipeline(CHECKPOINT)
     seen, unseen = read_rows(DATA / "train.parquet"), read_rows(DATA / "test.parquet")
 
     chosen = pick(unseen, NUM_PICTURES * 3 // 4) + pick(seen, NUM_PICTURES // 4)

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fresh import run_fresh
@@ -11,6 +12,8 @@ from huggingface_hub import ModelCard
 from mmar import MMARConfig, MMARForConditionalGeneration, MMARPipeline
 from mmar.conversion.card_mmar import count_parameters
 from mmar.conversion.hub_mmar import export_remote_code
+from mmar.conversion.models import open_pipeline
+from mmar.evaluation.answers import MMARAnswerer
 from mmar.evaluation.emoji_styles import score_captions
 from mmar.training.emoji_rows import read_rows
 
@@ -65,6 +68,27 @@ def test_pictures_differ_by_prompt_and_agree_by_seed(pipe):
     assert abs(crab - apple).mean() > 0.02
     # Emoji stand on white.
     assert crab[0, :2].mean() > 0.9
+
+
+def test_an_image_of_a_list_of_seeds_is_generated_again_alone():
+    """Loaded as the commands do, in float32; 48 of 255 levels apart in bfloat16."""
+    pipe = open_pipeline(CHECKPOINT)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = ["an emoji of crab in noto style", "an emoji of banana in openmoji style", "apple"]
+    together = pipe(prompts, generator=[torch.Generator().manual_seed(seed) for seed in (7, 8, 9)]).images
+    for index, seed in enumerate((7, 8, 9)):
+        (alone,) = pipe(prompts[index], generator=torch.Generator().manual_seed(seed)).images
+        difference = np.asarray(alone).astype(int) - np.asarray(together[index])
+        # Where rounding falls on the other side of a level.
+        assert abs(difference).max() <= 1
+
+
+def test_commands_load_float32_on_a_cpu():
+    assert open_pipeline(CHECKPOINT, device="cpu").model.lm_head.weight.dtype == torch.float32
+    assert MMARAnswerer.from_pretrained(str(CHECKPOINT), device="cpu").model.dtype == torch.float32
+    saved = MMARAnswerer.from_pretrained(str(CHECKPOINT), device="cpu", dtype="auto")
+    assert saved.model.dtype == torch.bfloat16
+    assert open_pipeline(CHECKPOINT, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_card_is_a_made_one():

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +22,10 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("index", range(len(BLOCKS)))
 def test_python_block_runs(index, folder, monkeypatch):
     monkeypatch.chdir(folder)  # a later block may read what an earlier one wrote
-    exec(compile(BLOCKS[index], f"README.md block {index}", "exec"), {"__name__": "readme"})
+    names = {"__name__": "readme"}
+    exec(compile(BLOCKS[index], f"README.md block {index}", "exec"), names)
+    # In bfloat16 an image would depend on its batch.
+    assert names["pipe"].dtype == torch.float32
 
 
 def test_make_targets_exist():
