@@ -2,6 +2,8 @@
 
 import base64
 import io
+import math
+import numbers
 import os
 import string
 import threading
@@ -16,13 +18,20 @@ from huggingface_hub.utils import get_session
 from PIL import ExifTags, Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature, get_size_dict
 
-from ..modeling_mmar.configuration_mmar import shorten
+from ..modeling_mmar.configuration_mmar import shorten, shorten_names
 
 
 AUTO_MAP = {"AutoImageProcessor": "image_processing_mmar.MMARImageProcessor"}
 DEFAULT_SIZE = {"height": 256, "width": 256}
 # Largest 16-bit value over largest 8-bit value: 65535 / 255.
 UINT16_PER_UINT8 = 257
+# Of the range [-1, 1]; the model, its VAE and `postprocess` expect it.
+RESCALE_FACTOR = 1 / 255
+MEAN = STD = [0.5, 0.5, 0.5]
+# Written by `to_dict` and by processors of transformers.
+SAVED_NAMES = ("auto_map", "image_processor_type", "feature_extractor_type", "processor_class")
+# Of transformers' loaders.
+LOADING_NAMES = ("backend", "code_revision", "config", "trust_remote_code", "use_fast")
 # Rounding in half precision; anything further outside [0, 1] is a mistake of range.
 FLOAT_RANGE_TOLERANCE = 1e-3
 OUTPUT_TYPES = ("pil", "np", "pt")
@@ -56,6 +65,20 @@ METADATA = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
 BASE64_CHARACTERS = (string.ascii_letters + string.digits + "+/-_=" + string.whitespace).encode()
 
 
+DEFAULTS = {
+    "size": DEFAULT_SIZE,
+    "resample": int(Image.Resampling.BICUBIC),
+    "do_convert_rgb": True,
+    "do_resize": True,
+    "do_center_crop": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "rescale_factor": RESCALE_FACTOR,
+    "image_mean": MEAN,
+    "image_std": STD,
+}
+
+
 class MMARImageProcessorKwargs(TypedDict, total=False):
     """Arguments of `MMARImageProcessor` that may also be given per call."""
 
@@ -66,6 +89,9 @@ class MMARImageProcessorKwargs(TypedDict, total=False):
     do_center_crop: bool | None
     do_rescale: bool | None
     do_normalize: bool | None
+    rescale_factor: float | None
+    image_mean: float | list[float] | None
+    image_std: float | list[float] | None
 
 
 def read_image(source: Any, places: bool = True) -> Any:
@@ -421,10 +447,17 @@ class MMARImageProcessor(BaseImageProcessor):
         do_resize (`bool`, *optional*, defaults to `True`): Scale to `size`.
         do_center_crop (`bool`, *optional*, defaults to `True`): Keep the aspect ratio and cut to `size`.
         do_rescale (`bool`, *optional*, defaults to `True`): Map [0, 255] to [0, 1]. Floats are in [0, 1] already.
-        do_normalize (`bool`, *optional*, defaults to `True`): Map [0, 1] to [-1, 1].
+        do_normalize (`bool`, *optional*, defaults to `True`): Subtract `image_mean` and divide by `image_std`: [0, 1]
+            becomes [-1, 1].
+        rescale_factor (`float`, *optional*, defaults to 1 / 255): What values in [0, 255] are multiplied by. Floats in
+            [0, 1] count as a 255th of them.
+        image_mean (`float` or `list[float]`, *optional*, defaults to `[0.5, 0.5, 0.5]`): Of the channels.
+        image_std (`float` or `list[float]`, *optional*, defaults to `[0.5, 0.5, 0.5]`): Of the channels. MMAR is
+            trained with the defaults of these three.
 
     Raises:
-        ValueError: If `size` is not a height and a width of at least 1.
+        ValueError: If `size` is not a height and a width of at least 1, a factor, mean or deviation is not a finite
+            number, or an argument is unknown.
 
     Example:
 
@@ -441,26 +474,78 @@ class MMARImageProcessor(BaseImageProcessor):
     def __init__(
         self,
         size: dict[str, int] | int | None = None,
-        resample: int = Image.Resampling.BICUBIC,
-        do_convert_rgb: bool = True,
-        do_resize: bool = True,
-        do_center_crop: bool = True,
-        do_rescale: bool = True,
-        do_normalize: bool = True,
+        resample: int | None = None,
+        do_convert_rgb: bool | None = None,
+        do_resize: bool | None = None,
+        do_center_crop: bool | None = None,
+        do_rescale: bool | None = None,
+        do_normalize: bool | None = None,
+        rescale_factor: float | None = None,
+        image_mean: float | list[float] | None = None,
+        image_std: float | list[float] | None = None,
         **kwargs,
     ):
-        for name in ("auto_map", "image_processor_type"):  # written by `to_dict`
-            kwargs.pop(name, None)
-        super().__init__(**kwargs)
+        saved = {name: kwargs.pop(name) for name in SAVED_NAMES if name in kwargs}
+        super().__init__(processor_class=saved.get("processor_class"))
         if type(size) is bool:
             raise ValueError("`size` must be a height and width in pixels; got a bool.")
-        self.size = self._checked_size(DEFAULT_SIZE if size is None else size)
-        self.resample = int(resample)
-        self.do_convert_rgb = do_convert_rgb
-        self.do_resize = do_resize
-        self.do_center_crop = do_center_crop
-        self.do_rescale = do_rescale
-        self.do_normalize = do_normalize
+        given = {
+            "size": size,
+            "resample": resample,
+            "do_convert_rgb": do_convert_rgb,
+            "do_resize": do_resize,
+            "do_center_crop": do_center_crop,
+            "do_rescale": do_rescale,
+            "do_normalize": do_normalize,
+            "rescale_factor": rescale_factor,
+            "image_mean": image_mean,
+            "image_std": image_std,
+            **kwargs,
+        }
+        for name, value in self._checked_options(given, DEFAULTS).items():
+            setattr(self, name, value)
+
+    @classmethod
+    def _checked_options(cls, given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of the class in one form, with defaults in place of None."""
+        # `None` means "not given", as everywhere in transformers.
+        given = {name: value for name, value in given.items() if value is not None}
+        if unknown := sorted(set(given) - set(DEFAULTS)):
+            raise ValueError(
+                f"MMARImageProcessor must be given arguments that it knows, {', '.join(DEFAULTS)}; got "
+                f"{shorten_names(unknown)}. Drop them."
+            )
+        options = {**defaults, **given}
+        options["size"] = cls._checked_size(options["size"])
+        if not isinstance(options["resample"], int):
+            raise ValueError(f"`resample` must be one of PIL's filters; got {shorten(options['resample'])}.")
+        options["resample"] = int(options["resample"])
+        for name in ("image_mean", "image_std"):
+            values = options[name]
+            values = list(values) if isinstance(values, (list, tuple, np.ndarray)) else [values] * len(MEAN)
+            options[name] = [cls._checked_number(value, name) for value in values]
+            if len(values) != len(MEAN):
+                raise ValueError(f"`{name}` must be a number, or one per channel, {len(MEAN)}; got {shorten(values)}.")
+        options["rescale_factor"] = cls._checked_number(options["rescale_factor"], "rescale_factor")
+        if 0 in (*options["image_std"], options["rescale_factor"]):
+            raise ValueError(
+                "`image_std` and `rescale_factor` must not be 0; got 0. Leave out what is not to be done."
+            )
+        return options
+
+    @staticmethod
+    def _checked_number(value: Any, name: str) -> float:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+            raise ValueError(f"`{name}` must be a finite number; got {shorten(value)}.")
+        return float(value)
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs) -> Any:
+        """As transformers', but an argument that is neither the class's nor the loader's own is refused."""
+        own = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("_") or name in LOADING_NAMES}
+        if not kwargs.get("return_unused_kwargs"):
+            cls._checked_options(kwargs, DEFAULTS)
+        return super().from_dict(image_processor_dict, **kwargs, **own)
 
     @staticmethod
     def _checked_size(size: Any) -> dict[str, int]:
@@ -527,6 +612,7 @@ class MMARImageProcessor(BaseImageProcessor):
         return_tensors: str | None = None,
         input_data_format: str | None = None,
         device: str | torch.device | None = None,
+        data_format: str | None = None,
         **kwargs,
     ) -> BatchFeature:
         r"""
@@ -537,6 +623,8 @@ class MMARImageProcessor(BaseImageProcessor):
             return_tensors (`str`, *optional*): `"pt"` or `"np"`; numpy arrays if not given.
             input_data_format (`str`, *optional*): `"channels_first"` or `"channels_last"`, for arrays and tensors.
             device (`str` or `torch.device`, *optional*): Where the result goes, with `return_tensors="pt"`.
+            data_format (`str`, *optional*, defaults to `"channels_first"`): Of the result; `"channels_last"` gives
+                `(B, H, W, 3)`, which the model does not take.
             **kwargs: Any argument of the class, for this call only.
 
         Returns:
@@ -548,15 +636,12 @@ class MMARImageProcessor(BaseImageProcessor):
             ValueError: If there is no picture, or one is missing, empty, broken, truncated, too large, of a wrong
                 number of channels, or holds NaN or values outside its range.
         """
-        options = {name: getattr(self, name) for name in MMARImageProcessorKwargs.__annotations__}
-        # `None` means "not given", as everywhere in transformers.
-        given = {name: value for name, value in kwargs.items() if value is not None}
-        if unknown := sorted(set(given) - set(options)):
-            raise ValueError(
-                f"MMARImageProcessor knows the arguments {', '.join(options)}; got {', '.join(unknown)}. Drop them."
-            )
-        options.update(given)
-        options["size"] = self._checked_size(options["size"])
+        options = self._checked_options(kwargs, {name: getattr(self, name) for name in DEFAULTS})
+        for name, value in (("input_data_format", input_data_format), ("data_format", data_format)):
+            if value not in (None, "channels_first", "channels_last"):
+                raise ValueError(f"`{name}` must be 'channels_first' or 'channels_last'; got {shorten(value)}.")
+        if device is not None and return_tensors != "pt":
+            raise ValueError(f"`device` must go with return_tensors='pt'; got {shorten(return_tensors)}. Add it.")
 
         pictures = self.flatten_images(images)
         if not pictures:
@@ -570,9 +655,12 @@ class MMARImageProcessor(BaseImageProcessor):
             except ValueError as error:
                 raise ValueError(f"Picture {index} of {len(pictures)}: {error}") from error
 
+        if data_format == "channels_last":
+            arrays = [np.moveaxis(array, 0, -1) for array in arrays]
         if len({array.shape for array in arrays}) > 1:
             if return_tensors is not None:
-                sizes = sorted({array.shape[1:] for array in arrays})
+                place = slice(2) if data_format == "channels_last" else slice(1, 3)
+                sizes = sorted({array.shape[place] for array in arrays})
                 raise ValueError(
                     f"Pictures of one batch must have one size; got (height, width) {sizes}. "
                     "Leave `do_resize` on, or pass them one by one."
@@ -602,10 +690,6 @@ class MMARImageProcessor(BaseImageProcessor):
         shape = tuple(picture.shape)
         if picture.ndim not in (2, 3) or 0 in shape:
             raise ValueError(f"an array must be (H, W), (H, W, C) or (C, H, W), none of them 0; got shape {shape}.")
-        if input_data_format not in (None, "channels_first", "channels_last"):
-            raise ValueError(
-                f"`input_data_format` must be 'channels_first' or 'channels_last'; got {input_data_format!r}."
-            )
         channel_counts = (1, 3, 4) if do_convert_rgb else (3,)
         channels_first = False
         if picture.ndim == 3:
@@ -654,16 +738,25 @@ class MMARImageProcessor(BaseImageProcessor):
         return np.stack(channels, axis=-1).clip(0, 1)  # bicubic and Lanczos overshoot
 
     def _to_range(self, array: np.ndarray, options: dict[str, Any]) -> np.ndarray:
-        """`(H, W, 3)` to `(3, H, W)`, float32, in the range that `do_rescale` and `do_normalize` ask for."""
+        """`(H, W, 3)` to `(3, H, W)`, float32, in the range that the options ask for."""
         is_integer = array.dtype == np.uint8
+        do_rescale, do_normalize, factor = options["do_rescale"], options["do_normalize"], options["rescale_factor"]
+        is_standard = options["image_mean"] == MEAN and options["image_std"] == STD
         array = np.moveaxis(array, -1, 0).astype(np.float32)
-        if is_integer and options["do_normalize"] and not options["do_rescale"]:
+        if is_integer and do_normalize and not do_rescale:
             raise ValueError("`do_normalize` expects values in [0, 1]; set `do_rescale=True` for integer pictures.")
-        if is_integer and options["do_normalize"]:
+        if is_integer and do_normalize and is_standard and factor == RESCALE_FACTOR:
             return array / np.float32(127.5) - 1
-        if is_integer and options["do_rescale"]:
-            return array / np.float32(255)
-        return 2 * array - 1 if options["do_normalize"] else array
+        if do_rescale and factor != RESCALE_FACTOR:
+            array = array * np.float32(factor if is_integer else 255 * factor)
+        elif do_rescale and is_integer:
+            array = array / np.float32(255)
+        if not do_normalize:
+            return array
+        if is_standard:
+            return 2 * array - 1
+        mean, std = (np.float32(options[name]).reshape(-1, 1, 1) for name in ("image_mean", "image_std"))
+        return (array - mean) / std
 
     def postprocess(
         self, pixel_values: torch.Tensor | np.ndarray | list[torch.Tensor], output_type: str = "pil"

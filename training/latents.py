@@ -45,7 +45,7 @@ from ..command import run_command
 from ..conversion.models import open_model, open_processor
 from ..files import UNFINISHED, write_whole
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
-from ..processors.image_processing_mmar import MMARImageProcessor, MMARImageProcessorKwargs, read_image_file
+from ..processors.image_processing_mmar import DEFAULTS, MMARImageProcessor, read_image_file
 from ..processors.processing_mmar import MMARProcessor
 from .mixture import stable_hash
 from .rows import BadRow, as_bad_row, open_pictures, pictures_of
@@ -395,7 +395,7 @@ def _begin(
         "num_rows": len(source),
         "pictures_sha256": pictures_sha256(source),
         "vae_sha256": vae_sha256(model),
-        "image_processor": {key: getattr(image_processor, key) for key in MMARImageProcessorKwargs.__annotations__},
+        "image_processor": _identity(image_processor),
         "latent_shape": [config.latent_channels, config.latent_size, config.latent_size],
         "num_copies": num_copies,
         "kinds": {"picture": 1 + num_copies},
@@ -418,6 +418,13 @@ def _begin(
             "ones to go on, name another folder, or remove this one."
         )
     return begun
+
+
+def _identity(image_processor: MMARImageProcessor) -> dict[str, Any]:
+    """Arguments of an image processor; of those that came later only what is not the default."""
+    options = {key: getattr(image_processor, key) for key in DEFAULTS}
+    later = ("rescale_factor", "image_mean", "image_std")
+    return {key: value for key, value in options.items() if key not in later or value != DEFAULTS[key]}
 
 
 def _has_content(source: Source) -> bool:

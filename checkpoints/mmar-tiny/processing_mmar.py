@@ -27,6 +27,18 @@ TASKS = ("t2i", "i2t", "uncond")
 # How a tokenizer was loaded; transformers would write it into tokenizer_config.json.
 LOADING_KWARGS = ("is_local", "local_files_only")
 
+# Where and how to download; other arguments that are not the image processor's are the tokenizer's.
+DOWNLOAD_NAMES = {
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "use_auth_token",
+}
+
 # ChatML as Qwen2 writes it, without its default system message, with pictures. `generation` marks assistant tokens.
 CHAT_TEMPLATE = """\
 {%- macro render(content) -%}
@@ -636,7 +648,8 @@ class MMARProcessor(ProcessorMixin):
                 f"expected whole tokenizer files (tokenizer.json, tokenizer_config.json) in "
                 f"{str(pretrained_model_name_or_path)!r}; they cannot be read ({error}). Copy or download them again."
             ) from error
-        return [MMARImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs), tokenizer]
+        image_kwargs = {name: value for name, value in kwargs.items() if name in image_names | DOWNLOAD_NAMES}
+        return [MMARImageProcessor.from_pretrained(pretrained_model_name_or_path, **image_kwargs), tokenizer]
 
 
 def _check_unicode(text: str, name: str) -> None:

@@ -244,6 +244,47 @@ def test_ranges(processor):
         processor(array, do_rescale=False)
 
 
+MEAN, STD = [0.48, 0.45, 0.4], [0.27, 0.26, 0.28]
+
+
+@pytest.mark.parametrize("options", [{"image_mean": MEAN, "image_std": STD}, {"image_mean": 0.25}, {"image_std": 2}])
+@pytest.mark.parametrize("at", ["class", "call", "loading"])
+def test_mean_and_deviation(picture, tmp_path, options, at):
+    _, array, _ = picture
+    processor = MMARImageProcessor(size=64, **(options if at == "class" else {}))
+    if at == "loading":
+        processor.save_pretrained(tmp_path)
+        processor = MMARImageProcessor.from_pretrained(tmp_path, **options)
+    call = options if at == "call" else {}
+    mean, std = (np.broadcast_to(options.get(name, 0.5), 3) for name in ("image_mean", "image_std"))
+    expected = torch.from_numpy(np.moveaxis((array / 255 - mean) / std, -1, 0)[None]).float()
+    for given in (array, array / 255):
+        torch.testing.assert_close(pixels(processor, given, **call), expected, rtol=0, atol=1e-5)
+    if at == "class":
+        processor.save_pretrained(tmp_path)
+        assert torch.equal(pixels(MMARImageProcessor.from_pretrained(tmp_path), array), pixels(processor, array))
+
+
+def test_rescale_factor(picture):
+    _, array, _ = picture
+    expected = torch.from_numpy(np.moveaxis(array / 127.5, -1, 0)[None]).float()
+    for processor, call in (
+        (MMARImageProcessor(size=64, rescale_factor=1 / 127.5), {}),
+        (MMARImageProcessor(size=64), {"rescale_factor": 1 / 127.5}),
+    ):
+        for given in (array, array / 255):  # one picture, whatever its range
+            values = pixels(processor, given, do_normalize=False, **call)
+            torch.testing.assert_close(values, expected, rtol=0, atol=1e-5)
+            values = pixels(processor, given, **call)
+            torch.testing.assert_close(values, 2 * expected - 1, rtol=0, atol=1e-5)
+
+
+def test_data_format(processor, picture):
+    _, array, expected = picture
+    assert torch.equal(pixels(processor, array, data_format="channels_last"), expected.permute(0, 2, 3, 1))
+    assert torch.equal(pixels(processor, array, data_format="channels_first"), expected)
+
+
 # What is refused
 
 
@@ -311,6 +352,31 @@ def test_bad_input(processor, image, message):
 def test_bad_arguments(processor, picture):
     with pytest.raises(ValueError, match="crop_size"):
         processor(picture[0], crop_size=3)
+    for unknown in ("crop_size", "do_pad", "pad_size", "image_meen", "max_pixels"):
+        with pytest.raises(ValueError, match=unknown):
+            MMARImageProcessor(**{unknown: 1})
+        with pytest.raises(ValueError, match=unknown):
+            processor(picture[0], **{unknown: 1})
+        with pytest.raises(ValueError, match=unknown):
+            MMARImageProcessor.from_dict({"size": {"height": 8, "width": 8}}, **{unknown: 1})
+    for name, value in (
+        ("image_mean", [0.5, 0.5]),
+        ("image_mean", "a"),
+        ("image_std", 0),
+        ("image_std", float("nan")),
+        ("rescale_factor", 0),
+        ("rescale_factor", "1/255"),
+        ("resample", "bicubic"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            MMARImageProcessor(**{name: value})
+        with pytest.raises(ValueError, match=name):
+            processor(picture[0], **{name: value})
+    for name in ("data_format", "input_data_format"):
+        with pytest.raises(ValueError, match=name):
+            processor(picture[0], **{name: "first"})
+    with pytest.raises(ValueError, match="device"):
+        processor(picture[0], device="cpu")
     with pytest.raises(ValueError, match="size"):
         MMARImageProcessor(size=0)
     with pytest.raises(ValueError, match="size"):
