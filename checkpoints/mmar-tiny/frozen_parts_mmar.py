@@ -35,6 +35,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from .configuration_mmar import shorten, shorten_names
+
 
 # Where each part's weights are in MMAR, and under which beginnings in their own files.
 PREFIXES = {
@@ -142,19 +144,42 @@ def weights_files(part: str, folder: Path) -> list[Path]:
     single, index = WEIGHTS_NAMES[part]
     names = [single]
     if not (folder / single).is_file() and (folder / index).is_file():
-        try:
-            names = sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"expected the names of the weights files in {str(folder / index)!r}; it cannot be read ({error!r}). "
-                "Copy or download it again."
-            ) from error
+        names = names_in_index(folder / index)
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise ValueError(
             f"expected the {part}'s weights files {', '.join(names)} in {str(folder)!r}; {', '.join(missing)} missing."
             " Only safetensors are read. Copy or download the folder whole."
         )
     return [folder / name for name in names]
+
+
+def names_in_index(index: Path) -> list[str]:
+    r"""
+    The weights files that the index of a folder names.
+
+    Args:
+        index (`Path`): The index.
+
+    Returns:
+        `list[str]`: Their names, in order.
+
+    Raises:
+        ValueError: If it cannot be read, or names a file outside its folder, which would be read as weights.
+    """
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = [name for name in names if os.path.isabs(name) or ".." in Path(name).parts]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"expected the names of the weights files in {str(index)!r}; it cannot be read ({shorten(repr(error))}). "
+            "Copy or download it again."
+        ) from error
+    if outside:
+        raise ValueError(
+            f"{str(index)!r} must name weights files in its own folder; got {shorten_names(outside)}. Do not load a "
+            "folder of somebody else that does."
+        )
+    return names
 
 
 def open_weights(file: Path) -> Any:

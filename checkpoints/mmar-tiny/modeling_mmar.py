@@ -2,7 +2,6 @@
 
 import contextlib
 import inspect
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -44,6 +43,7 @@ from .frozen_parts_mmar import (
     complete_references,
     is_local_reference,
     joined_folder,
+    names_in_index,
     part_of,
 )
 from .generation_mmar import MMARImageGenerationMixin
@@ -440,8 +440,8 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
                 in the files. transformers would draw the latter at random.
         """
         path = pretrained_model_name_or_path
-        if path is not None and not kwargs.get("subfolder") and not kwargs.get("variant"):
-            _check_weights_files(Path(path))
+        if path is not None:
+            _check_weights_files(Path(path, kwargs.get("subfolder") or ""), kwargs.get("variant"))
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = for_backbone_only(kwargs["quantization_config"])
         kwargs["key_mapping"] = {**COMPILED, **(kwargs.get("key_mapping") or {})}
@@ -1229,7 +1229,7 @@ def _check_tensors(tensors: dict[str, Any], vocab_size: int) -> None:
                 )
 
 
-def _check_weights_files(folder: Path) -> None:
+def _check_weights_files(folder: Path, variant: str | None = None) -> None:
     """
     Raises a `ValueError` if a local folder lacks its config or weights files, or one was not written or copied whole;
     what is not a local folder is none of its business.
@@ -1241,15 +1241,14 @@ def _check_weights_files(folder: Path) -> None:
             f"expected config.json in {str(folder)!r}; it is missing. Name the folder that `save_pretrained` wrote, "
             "or copy it whole."
         )
+    if variant is not None:
+        # Others may be loaded in its place; transformers says what is missing.
+        for index in folder.glob(SAFE_WEIGHTS_INDEX_NAME.replace(".json", "*.json")):
+            names_in_index(index)
+        return
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if index.is_file() and not (folder / SAFE_WEIGHTS_NAME).is_file():
-        try:
-            expected = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"expected the names of the weights files in {str(index)!r}; it cannot be read ({error!r}). Copy or "
-                "download it again."
-            ) from error
+        expected = names_in_index(index)
     else:
         expected = [SAFE_WEIGHTS_NAME]
     if missing := [name for name in expected if not (folder / name).is_file()]:

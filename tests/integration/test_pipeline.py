@@ -19,6 +19,7 @@ from transformers import AutoModel, pipeline
 from mmar import MMARConfig, MMARForConditionalGeneration, MMARPipeline, MMARPipelineOutput
 from mmar.ablations.modeling_transfusion_mmar import MMARTransfusionConfig, MMARTransfusionForConditionalGeneration
 from mmar.conversion import hub_mmar
+from mmar.modeling_mmar.frozen_parts_mmar import weights_files
 
 
 PROMPT, OTHER = "a red square", "a square that is green, and quite a bit longer to describe"
@@ -613,6 +614,28 @@ def test_broken_index(pipe, tmp_path):
         index.write_text(text)
         with pytest.raises(ValueError, match="expected the names of the weights files in .* cannot be read"):
             MMARPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("options", [{}, {"subfolder": "model"}, {"variant": "fp16"}])
+def test_an_index_names_files_of_its_folder_only(pipe, tmp_path, options):
+    folder = tmp_path / options.get("subfolder", "")
+    variant = options.get("variant")
+    pipe.model.save_pretrained(folder, max_shard_size="300KB", variant=variant)
+    loaded = MMARForConditionalGeneration.from_pretrained(tmp_path, **options)
+    assert loaded.num_parameters() == pipe.model.num_parameters()
+    (index,) = folder.glob("*.index*.json")
+    content = json.loads(index.read_text())
+    name, file = next(iter(content["weight_map"].items()))
+    elsewhere = folder.parent / "outside.safetensors"
+    shutil.copy(folder / file, elsewhere)
+    for outside in ("../outside.safetensors", "x/../../outside.safetensors", str(elsewhere)):
+        content["weight_map"][name] = outside
+        index.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match="index.* must name weights files in its own folder; got"):
+            MMARForConditionalGeneration.from_pretrained(tmp_path, **options)
+        shutil.copy(index, folder / "diffusion_pytorch_model.safetensors.index.json")
+        with pytest.raises(ValueError, match="index.json' must name weights files in its own folder; got"):
+            weights_files("vae", folder)
 
 
 def test_parts_that_do_not_fit_together_are_refused(pipe):
