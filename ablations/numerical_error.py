@@ -81,7 +81,8 @@ def read_tokens(model: str, data: Path) -> Tensor:
     processor, tokens = pipe.processor.image_processor, []
     rows = read_rows(data)
     for start in range(0, len(rows), BATCH_SIZE):
-        pictures = processor.fetch_images([row["image"] for row in rows[start : start + BATCH_SIZE]])
+        batch = rows[start : start + BATCH_SIZE]
+        pictures = processor.fetch_images([row["image"] for row in batch], places=False)
         pixel_values = processor(pictures, return_tensors="pt")["pixel_values"]
         tokens.append(pipe.model.encode_images(pixel_values).flatten(2).transpose(1, 2))
     return torch.cat(tokens)

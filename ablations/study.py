@@ -203,7 +203,7 @@ class Study:
                     f"{', '.join(QUESTION_KINDS)}; row {place} has {row['questions']}, and the first {questions}. "
                     "Write the rows anew."
                 )
-        pictures = pipe.processor.image_processor.fetch_images([row["image"] for row in rows])
+        pictures = pipe.processor.image_processor.fetch_images([row["image"] for row in rows], places=False)
         shares = {}
         for number, name in enumerate(QUESTION_KINDS):
             answers = ask(pipe, pictures, questions[number])

@@ -24,9 +24,10 @@ from tqdm.auto import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..command import run_command
+from ..files import path_inside
 from ..modeling_mmar.configuration_mmar import MMARConfig
-from ..modeling_mmar.frozen_parts_mmar import open_weights, weights_files
-from ..processors.image_processing_mmar import MMARImageProcessor
+from ..modeling_mmar.frozen_parts_mmar import names_in_index, open_weights, weights_files
+from ..processors.image_processing_mmar import MMARImageProcessor, read_image_file
 from .latent_moments import LatentMoments
 
 
@@ -50,7 +51,8 @@ def iterate_pictures(
         seed (`int`, *optional*, defaults to 0): Of the order.
 
     Yields:
-        Paths, bytes or PIL pictures, not yet decoded where they are files.
+        Paths, bytes or PIL pictures, not yet decoded where they are files; None for a path that leads out of the
+        source's folder, which rows of others must not name.
 
     Raises:
         ValueError: If there are no pictures.
@@ -60,7 +62,7 @@ def iterate_pictures(
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in picture_suffixes())
         if files:
             order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))
-            yield from (str(files[i]) for i in order.tolist())
+            yield from (path_inside(files[i], [path]) for i in order.tolist())
             return
         if not (parquets := sorted(path.rglob("*.parquet"))):
             raise ValueError(f"expected pictures or parquet files in {source!r}; there are none. Name another folder.")
@@ -74,7 +76,14 @@ def iterate_pictures(
         dataset = _load_dataset(source, source, column, split=split)
     for row in dataset.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER):
         picture = row[column]
-        yield (picture["bytes"] or picture["path"]) if isinstance(picture, dict) else picture
+        picture = (picture["bytes"] or picture["path"]) if isinstance(picture, dict) else picture
+        if isinstance(picture, str):
+            try:
+                picture = read_image_file(picture, places=False)  # base64
+            except ValueError:
+                folder = path if path.is_dir() else path.parent
+                picture = path_inside(folder / picture, [folder]) if path.exists() else None
+        yield picture
 
 
 def picture_suffixes() -> set[str]:
@@ -140,7 +149,7 @@ def load_vae(folder: Path) -> tuple[AutoencoderKL, dict[str, Any]]:
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     names = [SAFE_WEIGHTS_NAME]
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = names_in_index(index)
     state = {}
     for name in names:
         with open_weights(folder / name) as file:

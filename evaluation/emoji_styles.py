@@ -91,7 +91,7 @@ def by_group(rows: list[dict[str, Any]], hits: list[bool]) -> dict[str, float]:
 
 def score_captions(pipe: MMARPipeline, rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Exact match of the answers to the three questions."""
-    pictures = pipe.processor.image_processor.fetch_images([row["image"] for row in rows])
+    pictures = pipe.processor.image_processor.fetch_images([row["image"] for row in rows], places=False)
     scores = {}
     for name, question in QUESTIONS.items():
         expected = [row["answers"][row["questions"].index(question)] for row in rows]

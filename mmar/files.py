@@ -2,6 +2,7 @@
 
 import os
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -23,6 +24,22 @@ def check_folder(path: Path, option: str = "--out") -> None:
     standing = next(above for above in (path, *path.absolute().parents) if above.exists())
     if not standing.is_dir():
         raise ValueError(f"expected a folder for {option}; {standing} is a file. Name another.")
+
+
+def path_inside(path: str | os.PathLike, folders: Iterable[str | os.PathLike]) -> str | None:
+    r"""
+    Looks at a path that somebody else named, who must not reach any file of this machine.
+
+    Args:
+        path (`str` or `Path`): Absolute, or relative to the current folder.
+        folders (`Iterable`): Where it may lead.
+
+    Returns:
+        `str`: The absolute path; None if it leads out of all folders, also over links.
+    """
+    real = Path(os.path.realpath(path))
+    inside = any(real.is_relative_to(os.path.realpath(folder)) for folder in folders)
+    return os.path.abspath(path) if inside else None
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -27,6 +27,7 @@ import fsspec
 from huggingface_hub import constants
 from PIL import Image
 
+from ..files import path_inside
 from ..modeling_mmar.configuration_mmar import MAX_SHOWN_LENGTH, shorten, shorten_names
 from ..processors.image_processing_mmar import MAX_IMAGE_BYTES, MMARImageProcessor, read_image, read_image_file
 from ..processors.processing_mmar import IMAGE_TOKEN_ALIAS
@@ -349,15 +350,13 @@ def _path_inside(path: str, folder: str | Path | None, name: str) -> str:
         allowed += [datasets.config.EXTRACTED_DATASETS_PATH, constants.HF_HUB_CACHE]
     else:
         path, allowed = os.path.join(folder, path), [folder]
-    # After links: a link in a folder of others may lead anywhere.
-    real = os.path.realpath(path)
-    if not any(Path(real).is_relative_to(os.path.realpath(root)) for root in allowed):
+    if (inside := path_inside(path, allowed)) is None:
         where = "the caches of `datasets`" if folder is None else shorten(str(folder))
         raise BadRow(
             f"{name} must name its picture's file inside {where}, links followed; got {shorten(path)}. Set "
             "`image_folder` to a folder that holds all of them."
         )
-    return os.path.abspath(path)
+    return inside
 
 
 def _read_archived(url: str, folder: str | Path | None, name: str) -> bytes:

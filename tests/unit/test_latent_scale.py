@@ -1,7 +1,9 @@
 """The measured scale is that of the latents, its errors are honest, and it stands in one place."""
 
+import base64
 import io
 import json
+import os
 import shutil
 import sys
 
@@ -228,3 +230,21 @@ def test_bad_input(vae_folder, pictures, tmp_path, monkeypatch):
     vae.quant_conv.bias.data[4:] = -1000.0  # no noise of the posterior either
     with pytest.raises(ValueError, match="expected latents that vary"):
         measure(vae, iter([buffer.getvalue()]), 8)
+
+
+def test_rows_name_no_picture_outside_their_folder(pictures, tmp_path):
+    folder, outside = tmp_path / "rows", tmp_path / "outside.png"
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "own.png")
+    Image.new("RGB", (8, 8)).save(outside)
+    (folder / "link.png").symlink_to(outside)
+    encoded = base64.b64encode(outside.read_bytes()).decode()
+    paths = ["own.png", str(outside), "../outside.png", "link.png", "http://127.0.0.1:9/a.png", "/dev/zero", encoded]
+    pq.write_table(pa.table({"image": paths}), folder / "rows.parquet")
+    found = [
+        None if isinstance(picture, str) and not os.path.isfile(picture) else picture
+        for picture in iterate_pictures(str(folder / "rows.parquet"))
+    ]
+    assert sorted(found, key=str) == sorted([str(folder / "own.png"), outside.read_bytes(), *[None] * 5], key=str)
+    found = list(iterate_pictures(str(folder)))
+    assert sorted(found, key=str) == [str(folder / "own.png"), None]
