@@ -762,7 +762,7 @@ class MMARTrainer(Trainer):
         self._finish_current_push()
         if self._pipeline is not None and not self._is_adapted:
             # transformers adds weights, configs and processor.
-            export_remote_code(self.args.output_dir)
+            export_remote_code(self.args.output_dir, self._pipeline.model.remote_modules)
             self._pipeline.save_index(self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)
         if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):

@@ -251,9 +251,9 @@ result = MMARPipeline.from_pretrained("with_card").push_to_hub("me/card").oid
     assert 'pipe("a \\"red\\" square"' in card.text
 
 
-def training(max_steps: int, **arguments) -> str:
-    """Code of a training that pushes at each step; leaves what its trainer logged and its folders of checkpoints. The
-    file `saved` is there once the last checkpoint is."""
+def training(max_steps: int, model: str = "None", **arguments) -> str:
+    """Code of a training of `model`, the tiny MMAR by default, that pushes at each step; leaves what its trainer
+    logged and its folders of checkpoints. The file `saved` is there once the last checkpoint is."""
     return f"""
 import logging, sys
 from pathlib import Path
@@ -269,7 +269,7 @@ handler = logging.Handler()
 handler.emit = lambda record: logged.append(record.getMessage())
 logging.getLogger("mmar.training.trainer").addHandler(handler)
 trainer = make_trainer(
-    "run", make_processor(), max_steps={max_steps}, save_strategy="steps", save_steps=1, push_to_hub=True,
+    "run", make_processor(), {model}, max_steps={max_steps}, save_strategy="steps", save_steps=1, push_to_hub=True,
     hub_model_id="me/training", **{arguments!r}
 )
 trainer.add_callback(Saved())
@@ -299,6 +299,29 @@ result.append(str(MMARPipeline.from_pretrained("me/training").model.dtype))
     assert len(repo.commits) == 7
     pushed = [files[f"checkpoint-{number}/model.safetensors"] for number in (1, 2, 3)]
     assert len(set(pushed)) == 3 and pushed[2] == files["model.safetensors"]
+
+
+def test_a_subclass_is_pushed_with_its_code(tmp_path):
+    hub = Hub(token=TOKEN)
+    code = """
+from mmar.ablations.modeling_transfusion_mmar import MMARTransfusionConfig, MMARTransfusionForConditionalGeneration
+from helpers import tiny_arguments
+from squares import make_processor
+own = {"text_config": {"vocab_size": len(make_processor().tokenizer)}}
+arguments = tiny_arguments(**own, diffusion_config={"prediction_type": "epsilon"})
+arguments["image_token_id"] = make_processor().image_token_id
+model = MMARTransfusionForConditionalGeneration(MMARTransfusionConfig(**arguments))
+"""
+    pushing = training(1, "model", hub_strategy="every_save")
+    path, pushing = pushing.split("from squares", 1)
+    with serve(hub) as url:
+        run_fresh(f"{path}{code}\nfrom squares{pushing}", tmp_path, url, TOKEN)
+        opened = """
+from transformers import AutoModel
+result = type(AutoModel.from_pretrained("me/training", trust_remote_code=True)).__name__
+"""
+        home = tmp_path / "elsewhere"
+        assert run_fresh(opened, home, url, TOKEN, installed=False) == "MMARTransfusionForConditionalGeneration"
 
 
 def test_a_training_does_not_wait_for_uploads(tmp_path):
