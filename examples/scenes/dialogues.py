@@ -1,0 +1,82 @@
+"""
+Dialogues about scenes, with images in the turns of both sides; as text, notes stand in place of the images.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .edits import sample_edit
+from .texts import caption, notes, question
+from .world import WORLD, Mix, Scene, held_out, sample_scene
+
+
+IMAGE_REQUEST = "Generate an image: {caption}"
+NULL_REQUEST = "Generate an image:"
+# Shares of the kinds of dialogues.
+SHARES = {"read": 0.4, "generate": 0.27, "unconditional": 0.03, "edit": 0.15, "chat": 0.15}
+MAX_QUESTIONS = 4
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A turn of "user" or "assistant": texts and scenes, which stand for their images."""
+
+    role: str
+    items: tuple[str | Scene, ...]
+
+
+def _training_scene(generator: np.random.Generator, mix: Mix) -> Scene:
+    while held_out(scene := sample_scene(generator, mix)):
+        pass
+    return scene
+
+
+def _questions(scene: Scene, generator: np.random.Generator, first: tuple[str | Scene, ...] = ()) -> list[Turn]:
+    turns = []
+    for number in range(int(generator.integers(1, MAX_QUESTIONS + 1))):
+        asked, answer = question(scene, generator)
+        turns += [Turn("user", (*first, asked) if number == 0 else (asked,)), Turn("assistant", (answer,))]
+    return turns
+
+
+def sample_dialogue(generator: np.random.Generator, mix: Mix = WORLD, kind: str | None = None) -> list[Turn]:
+    r"""
+    A dialogue about scenes that are not held out of training.
+
+    Args:
+        generator (`np.random.Generator`): Of everything.
+        mix (`Mix`, *optional*): Of the scenes.
+        kind (`str`, *optional*): One of `SHARES`; drawn by its share by default.
+
+    Returns:
+        `list[Turn]`: Turns of the user and the assistant, one after the other.
+    """
+    kind = kind or list(SHARES)[generator.choice(len(SHARES), p=list(SHARES.values()))]
+    if kind == "read":
+        scene = _training_scene(generator, mix)
+        return _questions(scene, generator, first=(scene,))
+    if kind == "unconditional":
+        return [Turn("user", (NULL_REQUEST,)), Turn("assistant", (_training_scene(generator, mix),))]
+    if kind == "edit":
+        edit = sample_edit(generator, mix=mix)
+        return [Turn("user", (edit.before, edit.instruction)), Turn("assistant", (edit.after,))]
+    if kind == "generate":
+        scene = _training_scene(generator, mix)
+        request = IMAGE_REQUEST.format(caption=caption(scene, generator))
+        return [Turn("user", (request,)), Turn("assistant", (scene,))]
+    # A chat: an image is asked for, then changed, and asked about.
+    edit = sample_edit(generator, mix=mix)
+    request = IMAGE_REQUEST.format(caption=caption(edit.before, generator))
+    turns = [Turn("user", (request,)), Turn("assistant", (edit.before,))]
+    turns += [Turn("user", (edit.instruction,)), Turn("assistant", (edit.after,))]
+    return turns + _questions(edit.after, generator)
+
+
+def as_text(turns: list[Turn], generator: np.random.Generator) -> str:
+    """A dialogue in ChatML with notes in place of its images."""
+    texts = []
+    for turn in turns:
+        items = [notes(item, generator) if isinstance(item, Scene) else item for item in turn.items]
+        texts.append(f"<|im_start|>{turn.role}\n" + "\n".join(items) + "<|im_end|>\n")
+    return "".join(texts)
