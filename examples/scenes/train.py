@@ -17,6 +17,7 @@ from transformers import set_seed
 
 from mmar.command import run_command
 from mmar.conversion.models import open_model
+from mmar.modeling_mmar import prefix_mmar
 from mmar.modeling_mmar.configuration_mmar import IGNORE_INDEX
 from mmar.modeling_mmar.masking_mmar import sample_mask_ratios
 from mmar.processors.processing_mmar import TASKS, MMARProcessor
@@ -83,6 +84,8 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", help="KEY=VALUE of the recipe, model and output_dir")
     parser.add_argument("--mix", nargs=4, type=float, metavar=("ONE", "SEVERAL", "TWO", "LARGE"))
     options = parser.parse_intermixed_args()
+    # Texts before the first image differ in length from batch to batch: to leave out their gradients makes new shapes.
+    prefix_mmar.MIN_PREFIX_SHARE = 1.0
     data, args = parse([options.recipe, "data=scenes", *options.settings])
     model = open_model(data.model, dtype="float32", attn_implementation=data.attn_implementation)
     set_seed(args.seed)
