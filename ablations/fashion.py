@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..command import run_command
+from ..modeling_mmar.configuration_mmar import shorten
 from ..modeling_mmar.frozen_parts_mmar import apply_umask
 from ..training.emoji_rows import DEPENDS_ON
 
@@ -54,7 +55,7 @@ def build(source: Path, out: Path, num_rows: int | None, num_test: int) -> dict[
     for split in ("train", "test"):
         file = source / f"{split}-00000-of-00001.parquet"
         if not file.is_file():
-            raise ValueError(f"expected {file.name} of Fashion-MNIST in {str(source)!r}; it is not there.")
+            raise ValueError(f"expected {file.name} of Fashion-MNIST in {shorten(str(source))}; it is not there.")
         rows = pq.read_table(file).to_pylist()
         built = [
             {
@@ -121,7 +122,7 @@ def to_grey(image: Image.Image) -> np.ndarray:
 def read_parquet(path: Path) -> tuple[Tensor, list[str]]:
     """Pictures `(N, 1, 28, 28)` in [0, 1], and their names."""
     if not path.is_file():
-        raise ValueError(f"expected a parquet of rows; there is none at {str(path)!r}. `rows` writes them.")
+        raise ValueError(f"expected a parquet of rows; there is none at {shorten(str(path))}. `rows` writes them.")
     table = pq.read_table(path, columns=["image", "label"])
     pictures = [to_grey(Image.open(io.BytesIO(image["bytes"]))) for image in table.column("image").to_pylist()]
     return torch.from_numpy(np.stack(pictures))[:, None].float() / 255, table.column("label").to_pylist()
@@ -185,7 +186,7 @@ def score(folder: Path, weights: Path, reference: Path) -> dict[str, Any]:
     """
     for path in (folder / "captions.jsonl", weights, weights.with_suffix(".json")):
         if not path.is_file():
-            raise ValueError(f"expected {path.name} in {str(path.parent)!r}; it is not there.")
+            raise ValueError(f"expected {path.name} in {shorten(str(path.parent))}; it is not there.")
     names = json.loads(weights.with_suffix(".json").read_text())
     judge = FashionJudge(len(names)).eval()
     judge.load_state_dict(load_file(weights))

@@ -15,7 +15,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from ..modeling_mmar.configuration_mmar import MMARConfig
+from ..modeling_mmar.configuration_mmar import MMARConfig, shorten
 from ..modeling_mmar.denoising_mmar import start_schedule
 from ..modeling_mmar.diffusion_mmar import MMARTimestepEmbedding, cosine_alphas_cumprod
 from ..modeling_mmar.embedding_vit_mmar import MMARViTLinear
@@ -75,7 +75,7 @@ class MMARTransfusionConfig(MMARConfig):
         if self.diffusion_config.prediction_type != "epsilon":
             raise ValueError(
                 "`diffusion_config.prediction_type` must be 'epsilon', since the loss is that of the noise; got "
-                f"{self.diffusion_config.prediction_type!r}. Set it to 'epsilon', or leave it out."
+                f"{shorten(self.diffusion_config.prediction_type)}. Set it to 'epsilon', or leave it out."
             )
         self.check_levels()
 
@@ -217,7 +217,7 @@ class MMARTransfusionForConditionalGeneration(MMARForConditionalGeneration):
         if not isinstance(run.num_inference_steps, numbers.Integral):
             raise ValueError(
                 "`num_inference_steps` must be one integer, since the LLM draws in one round; got "
-                f"{run.num_inference_steps!r}. Give it beside the preset, or take another preset."
+                f"{shorten(run.num_inference_steps)}. Give it beside the preset, or take another preset."
             )
         device, (batch, num_latents, channels) = run.tokens.device, run.tokens.shape
         scheduler = copy.deepcopy(run.scheduler)

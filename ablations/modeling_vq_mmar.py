@@ -13,7 +13,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..modeling_mmar.configuration_mmar import KL16_CONFIG, MMARConfig
+from ..modeling_mmar.configuration_mmar import KL16_CONFIG, MMARConfig, shorten
 from ..modeling_mmar.modeling_mmar import KeepsDtype, MMARForConditionalGeneration
 
 
@@ -81,7 +81,9 @@ class MMARVQConfig(MMARConfig):
         for name, least in (("vq_embed_dim", 1), ("num_vq_embeddings", 2)):
             value = self.vae_config[name]
             if type(value) is not int or value < least:
-                raise ValueError(f"`vae_config[{name!r}]` must be an integer of at least {least}; got {value!r}.")
+                raise ValueError(
+                    f"`vae_config[{shorten(name)}]` must be an integer of at least {least}; got {shorten(value)}."
+                )
 
 
 class MMARVQModel(KeepsDtype, VQModel):

@@ -29,7 +29,7 @@ from ..conversion.folders import new_folder
 from ..evaluation.answers import MMARAnswerer
 from ..evaluation.emoji_styles import BATCH_SIZE, ask, chat_about, draw
 from ..files import check_folder
-from ..modeling_mmar.configuration_mmar import MMARConfig
+from ..modeling_mmar.configuration_mmar import MMARConfig, shorten
 from ..modeling_mmar.frozen_parts_mmar import sha256_of
 from ..pipelines.pipeline_mmar import MMARPipeline
 from ..training.emoji_rows import read_rows
@@ -225,8 +225,8 @@ class Study:
             return {key: judged[key] for key in JUDGED.values()}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"expected a JSON with {', '.join(JUDGED.values())} from the judge {self.judge!r}; it ended with "
-                f"{done.returncode} and wrote {done.stdout[:200]!r}. Its own messages are above."
+                f"expected a JSON with {', '.join(JUDGED.values())} from the judge {shorten(self.judge)}; it ended "
+                f"with {done.returncode} and wrote {shorten(done.stdout[:200])}. Its own messages are above."
             ) from error
 
     def _claim(self, folder: Path, trial: Trial) -> None:
@@ -238,8 +238,8 @@ class Study:
         begun = json.loads(file.read_text()) if file.is_file() else own
         if changed := [name for name in own if begun.get(name) != own[name]]:
             raise ValueError(
-                f"expected the trial {trial.name!r} in {str(folder)!r}; it was begun with another {changed[0]}. "
-                "Remove it, or name another --work."
+                f"expected the trial {shorten(trial.name)} in {shorten(str(folder))}; it was begun with another "
+                f"{changed[0]}. Remove it, or name another --work."
             )
         folder.mkdir(parents=True, exist_ok=True)
         write_figures(file, {**begun, **own})
@@ -434,7 +434,7 @@ def open_study(args: Any) -> Study:
     check_folder(args.work, "--work")
     judge = shlex.split(args.judge)
     if not judge or not (judge[0].startswith("-") or Path(judge[0]).is_file()):
-        raise ValueError(f"expected a script, or `-m module ...`, for --judge; {args.judge!r} is not there.")
+        raise ValueError(f"expected a script, or `-m module ...`, for --judge; {shorten(args.judge)} is not there.")
     return Study(args.config, args.data, args.test, args.vae, args.vq, args.judge, args.work, args.num_copies)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModel
 
-from ..modeling_mmar.configuration_mmar import MMARConfig
+from ..modeling_mmar.configuration_mmar import MMARConfig, shorten
 from .modeling_transfusion_mmar import MMARTransfusionConfig
 from .modeling_vq_mmar import MMARVQConfig
 
@@ -66,7 +66,7 @@ def system_config(
         ValueError: For another name, or if it has more trained weights without PLoRA.
     """
     if name not in SYSTEMS:
-        raise ValueError(f"expected one of the systems {', '.join(SYSTEMS)}; got {name!r}.")
+        raise ValueError(f"expected one of the systems {', '.join(SYSTEMS)}; got {shorten(name)}.")
     values = copy.deepcopy({key: value for key, value in base.to_dict().items() if key not in OF_THE_CLASS})
     if name in ("epsilon", "transfusion"):
         values["diffusion_config"]["prediction_type"] = "epsilon"
@@ -85,7 +85,7 @@ def system_config(
     rank = 1 + round((target - one) / (two - one))
     if rank < 1:
         raise ValueError(
-            f"expected {target:,} trained weights for {name!r}; without PLoRA it has {2 * one - two:,}. Take fewer "
-            "codes, or a larger base."
+            f"expected {target:,} trained weights for {shorten(name)}; without PLoRA it has {2 * one - two:,}. Take "
+            "fewer codes, or a larger base."
         )
     return of_rank(rank)

@@ -9,6 +9,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..modeling_mmar.configuration_mmar import shorten
+
 
 PAPER = "arxiv:2410.10798"
 TAGS = ("mmar", "text-to-image", "image-text-to-text", "diffusers", PAPER)
@@ -114,7 +116,9 @@ class MMARCardFacts:
             is_list = name in ("language", "datasets", "base_model")
             entries = value if is_list and isinstance(value, list) else [value]
             if isinstance(value, list) != is_list or not all(isinstance(entry, str) for entry in entries):
-                raise ValueError(f"`{name}` must be {'a list of texts' if is_list else 'a text'}; got {value!r}.")
+                raise ValueError(
+                    f"`{name}` must be {'a list of texts' if is_list else 'a text'}; got {shorten(value)}."
+                )
         return cls(**values)
 
 
@@ -213,7 +217,7 @@ def _eval_results(evaluation: dict[str, Any]) -> list[EvalResult]:
     except (KeyError, TypeError) as error:
         raise ValueError(
             "an evaluation for a card must have `command`, `dataset` {type, name, split} and `metrics`, a list of "
-            f"{{task, type, name, value}}; {error} is wrong or missing. Take what `mmar.evaluation` wrote."
+            f"{{task, type, name, value}}; {shorten(error)} is wrong or missing. Take what `mmar.evaluation` wrote."
         ) from error
 
 
@@ -303,8 +307,8 @@ def read_evaluation(path: str | Path) -> dict[str, Any]:
     try:
         evaluation = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"expected the result of an evaluation in {str(path)!r}; {error}.") from error
+        raise ValueError(f"expected the result of an evaluation in {shorten(str(path))}; {shorten(error)}.") from error
     if not isinstance(evaluation, dict):
-        raise ValueError(f"expected the result of an evaluation in {str(path)!r}; got {evaluation!r}.")
+        raise ValueError(f"expected the result of an evaluation in {shorten(str(path))}; got {shorten(evaluation)}.")
     _eval_results(evaluation)
     return evaluation

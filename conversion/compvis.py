@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..modeling_mmar.configuration_mmar import shorten
 from ..modeling_mmar.frozen_parts_mmar import sha256_of
 from .folders import new_folder
 
@@ -128,8 +129,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             return load_file(path)
         except SafetensorError as error:
             raise ValueError(
-                f"expected whole safetensors in {str(path)!r}; got a broken or truncated file ({error}). Download it "
-                "again."
+                f"expected whole safetensors in {shorten(str(path))}; got a broken or truncated file "
+                f"({shorten(error)}). Download it again."
             ) from error
     allowed = torch.serialization.safe_globals([(_Unneeded, name) for name in LIGHTNING_CALLBACKS])
     try:
@@ -138,16 +139,17 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         reason = re.search(r"Unsupported \w+:? ?[^.\n]*(\.\w+)*|GLOBAL [\w.]+", str(error))
         raise ValueError(
-            f"expected only tensors and plain data in {str(path)!r}; it is broken or holds code, which was not run "
-            f"({reason[0] if reason else str(error).splitlines()[0]}). Download it again, or have its maker save the "
-            "weights as safetensors."
+            f"expected only tensors and plain data in {shorten(str(path))}; it is broken or holds code, which was not "
+            f"run ({reason[0] if reason else str(error).splitlines()[0]}). Download it again, or have its maker save "
+            "the weights as safetensors."
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"expected a checkpoint of torch in {str(path)!r}; it cannot be read ({error!r}). Download it again."
+            f"expected a checkpoint of torch in {shorten(str(path))}; it cannot be read ({error!r}). Download it "
+            "again."
         ) from error
     if not isinstance(saved, dict):
-        raise ValueError(f"expected a dict of tensors in {str(path)!r}; got {type(saved).__name__}.")
+        raise ValueError(f"expected a dict of tensors in {shorten(str(path))}; got {type(saved).__name__}.")
     return saved
 
 
@@ -286,8 +288,8 @@ def convert_checkpoint(
     digest = sha256_of(checkpoint)
     if sha256 is not None and digest != sha256.lower():
         raise ValueError(
-            f"expected the SHA-256 {sha256} of {str(checkpoint)!r}; got {digest}. Download the file again, or check "
-            "where the hash is from."
+            f"expected the SHA-256 {sha256} of {shorten(str(checkpoint))}; got {digest}. Download the file again, or "
+            "check where the hash is from."
         )
     state = autoencoder_weights(read_checkpoint(checkpoint), kind, use_ema)
     config = kind.read_config(state)
@@ -333,7 +335,7 @@ def listed(names: Iterable[str]) -> str:
 
 def _check_file(path: str | Path) -> None:
     if not Path(path).is_file():
-        raise ValueError(f"expected a checkpoint file; there is none at {str(path)!r}. Check the path.")
+        raise ValueError(f"expected a checkpoint file; there is none at {shorten(str(path))}. Check the path.")
 
 
 def _is_state_dict(value: Any) -> bool:

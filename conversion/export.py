@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..command import run_command
+from ..modeling_mmar.configuration_mmar import shorten
 from ..pipelines.pipeline_mmar import MMARPipeline
 from .models import open_model, open_processor
 
@@ -28,7 +29,7 @@ def main() -> None:
 
     if Path(args.source).resolve() == args.out.resolve():
         raise ValueError(
-            f"expected another folder than {args.source!r} to write to: its weights would be overwritten."
+            f"expected another folder than {shorten(args.source)} to write to: its weights would be overwritten."
         )
     model = open_model(args.source, "`source`", dtype=DTYPES[args.dtype])
     scheduler = model.default_scheduler()

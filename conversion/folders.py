@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import CONFIG_MAPPING
 
-from ..modeling_mmar.configuration_mmar import MMARConfig
+from ..modeling_mmar.configuration_mmar import MMARConfig, shorten
 from ..modeling_mmar.frozen_parts_mmar import apply_umask
 
 
@@ -34,18 +34,19 @@ def new_folder(out: str | Path, num_bytes: int = 0) -> Iterator[Path]:
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         is_what = "a file" if out.is_file() else "not empty"
         raise ValueError(
-            f"expected a new or empty folder to write to; {str(out)!r} is {is_what}. Name another, or remove it."
+            f"expected a new or empty folder to write to; {shorten(str(out))} is {is_what}. Name another, or remove "
+            "it."
         )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise ValueError(
-            f"expected folders above {str(out)!r}; one of them is a file. Name another, or remove it."
+            f"expected folders above {shorten(str(out))}; one of them is a file. Name another, or remove it."
         ) from error
     if (free := shutil.disk_usage(out.parent).free) < num_bytes:
         raise ValueError(
-            f"expected {num_bytes / 1e9:.1f} GB of room for {str(out)!r}; the disk has {free / 1e9:.1f} GB. Make "
-            "room, or name a folder on another disk."
+            f"expected {num_bytes / 1e9:.1f} GB of room for {shorten(str(out))}; the disk has {free / 1e9:.1f} GB. "
+            "Make room, or name a folder on another disk."
         )
     unfinished = out.with_name(f".{out.name}.{uuid.uuid4().hex}.unfinished")
     unfinished.mkdir()
@@ -58,8 +59,8 @@ def new_folder(out: str | Path, num_bytes: int = 0) -> Iterator[Path]:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise ValueError(
-                f"expected room for {str(out)!r}; the disk is full, and nothing was left there. Make room, or name a "
-                "folder on another disk."
+                f"expected room for {shorten(str(out))}; the disk is full, and nothing was left there. Make room, or "
+                "name a folder on another disk."
             ) from error
         raise
     finally:
@@ -81,12 +82,14 @@ def read_config(folder: str | Path) -> MMARConfig:
         model_type = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"expected the folder of an MMAR; {str(folder)!r} has no readable config.json ({error})."
+            f"expected the folder of an MMAR; {shorten(str(folder))} has no readable config.json ({shorten(error)})."
         ) from error
     # MMAR, and what builds on it (ablations/).
     config_class = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None
     if config_class is None or not issubclass(config_class, MMARConfig):
-        raise ValueError(f"expected an MMAR's config in {str(folder)!r}; got the model type {model_type!r}.")
+        raise ValueError(
+            f"expected an MMAR's config in {shorten(str(folder))}; got the model type {shorten(model_type)}."
+        )
     return config_class.from_pretrained(folder)
 
 
@@ -95,4 +98,4 @@ def check_shard_size(size: str | int) -> None:
     number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*[KMGT]B", size.upper()) if isinstance(size, str) else None
     num_bytes = float(number[1]) if number else size
     if isinstance(num_bytes, (bool, str)) or not num_bytes > 0:
-        raise ValueError(f"`max_shard_size` must be above 0 bytes, such as '5GB' or '500MB'; got {size!r}.")
+        raise ValueError(f"`max_shard_size` must be above 0 bytes, such as '5GB' or '500MB'; got {shorten(size)}.")

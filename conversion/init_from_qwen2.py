@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, Qwen2
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..command import run_command
-from ..modeling_mmar.configuration_mmar import MMARConfig
+from ..modeling_mmar.configuration_mmar import MMARConfig, shorten
 from ..modeling_mmar.frozen_parts_mmar import PREFIXES, make_reference, open_weights, part_of, weights_files
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from ..pipelines.pipeline_mmar import MMARPipeline
@@ -58,7 +58,9 @@ def load_preset(name: str) -> MMARConfig:
     folder = Path(name) if (Path(name) / "config.json").is_file() else PRESETS / name
     if not (folder / "config.json").is_file():
         known = sorted(path.parent.name for path in PRESETS.glob("*/config.json"))
-        raise ValueError(f"`preset` must be one of {', '.join(known)} or a folder with a config.json; got {name!r}.")
+        raise ValueError(
+            f"`preset` must be one of {', '.join(known)} or a folder with a config.json; got {shorten(name)}."
+        )
     return read_config(folder)
 
 
@@ -73,18 +75,20 @@ def find_backbone(backbone: str, revision: str | None = None, token: str | None 
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
             at = f" at revision {revision!r}" if revision else ""
             raise ValueError(
-                f"expected a local folder or a repository of the Hub; {backbone!r}{at} cannot be had "
+                f"expected a local folder or a repository of the Hub; {shorten(backbone)}{at} cannot be had "
                 f"({type(error).__name__}: {str(error).strip().splitlines()[0]}). Check the name, the revision, the "
                 "`token` and the network."
             ) from error
     try:
         model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError) as error:
-        raise ValueError(f"expected a Qwen2 in {backbone!r}; its config.json cannot be read ({error}).") from error
+        raise ValueError(
+            f"expected a Qwen2 in {shorten(backbone)}; its config.json cannot be read ({shorten(error)})."
+        ) from error
     if model_type != "qwen2":
         raise ValueError(
-            f"expected a Qwen2 or Qwen2.5 in {backbone!r}; got the model type {model_type!r}. PLoRA's layers are "
-            "built on Qwen2."
+            f"expected a Qwen2 or Qwen2.5 in {shorten(backbone)}; got the model type {shorten(model_type)}. PLoRA's "
+            "layers are built on Qwen2."
         )
     return folder
 
@@ -236,8 +240,8 @@ def init_from_qwen2(
     """
     if frozen not in ("include", "reference") or dtype not in ("auto", *DTYPES):
         raise ValueError(
-            f"`frozen` must be 'include' or 'reference' and `dtype` one of auto, {', '.join(DTYPES)}; got {frozen!r} "
-            f"and {dtype!r}."
+            f"`frozen` must be 'include' or 'reference' and `dtype` one of auto, {', '.join(DTYPES)}; got "
+            f"{shorten(frozen)} and {shorten(dtype)}."
         )
     check_shard_size(max_shard_size)
     backbone_folder = find_backbone(backbone, revision, token)
@@ -311,14 +315,14 @@ def _config(preset: str, backbone: Path, vae: Path) -> MMARConfig:
         vae_config = expected.load_config(vae)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"expected the folder of a diffusers {expected.__name__}; {str(vae)!r} cannot be read ({error}). "
-            "`mmar.conversion.convert_kl16` makes an AutoencoderKL, `convert_vq16` a VQModel."
+            f"expected the folder of a diffusers {expected.__name__}; {shorten(str(vae))} cannot be read "
+            f"({shorten(error)}). `mmar.conversion.convert_kl16` makes an AutoencoderKL, `convert_vq16` a VQModel."
         ) from error
     if vae_config.get("_class_name") != expected.__name__:
         raise ValueError(
-            f"expected {'an' if expected is AutoencoderKL else 'a'} {expected.__name__} in {str(vae)!r}; got "
-            f"{vae_config.get('_class_name')!r}. MMAR's tokens are continuous, from a KL autoencoder; those of the VQ "
-            "ablation are a VQModel's."
+            f"expected {'an' if expected is AutoencoderKL else 'a'} {expected.__name__} in {shorten(str(vae))}; got "
+            f"{shorten(vae_config.get('_class_name'))}. MMAR's tokens are continuous, from a KL autoencoder; those of "
+            "the VQ ablation are a VQModel's."
         )
     with torch.device("meta"):
         # With the defaults of what the file leaves out.
@@ -335,14 +339,14 @@ def _config(preset: str, backbone: Path, vae: Path) -> MMARConfig:
 def _processor(config: MMARConfig, backbone: Path) -> MMARProcessor:
     if not any((backbone / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise ValueError(
-            f"expected Qwen2's tokenizer files in {str(backbone)!r}; there is no tokenizer.json or vocab.json. Copy "
-            "or download the folder whole."
+            f"expected Qwen2's tokenizer files in {shorten(str(backbone))}; there is no tokenizer.json or vocab.json. "
+            "Copy or download the folder whole."
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(backbone)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"expected Qwen2's tokenizer files in {str(backbone)!r}; they cannot be read ({error})."
+            f"expected Qwen2's tokenizer files in {shorten(str(backbone))}; they cannot be read ({shorten(error)})."
         ) from error
     size = {"height": config.image_size, "width": config.image_size}
     processor = MMARProcessor(MMARImageProcessor(size=size), tokenizer, num_image_tokens=config.num_latents)

@@ -25,7 +25,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..command import run_command
 from ..files import path_inside
-from ..modeling_mmar.configuration_mmar import MMARConfig
+from ..modeling_mmar.configuration_mmar import MMARConfig, shorten
 from ..modeling_mmar.frozen_parts_mmar import names_in_index, open_weights, weights_files
 from ..processors.image_processing_mmar import MMARImageProcessor, read_image_file
 from .latent_moments import LatentMoments
@@ -65,12 +65,14 @@ def iterate_pictures(
             yield from (path_inside(files[i], [path]) for i in order.tolist())
             return
         if not (parquets := sorted(path.rglob("*.parquet"))):
-            raise ValueError(f"expected pictures or parquet files in {source!r}; there are none. Name another folder.")
+            raise ValueError(
+                f"expected pictures or parquet files in {shorten(source)}; there are none. Name another folder."
+            )
         files = [str(file) for file in parquets]
         dataset = _load_dataset("parquet", source, column, data_files={split: files}, split=split)
     elif path.suffix == ".parquet":
         if not path.is_file():
-            raise ValueError(f"expected a parquet file; there is none at {source!r}. Check the path.")
+            raise ValueError(f"expected a parquet file; there is none at {shorten(source)}. Check the path.")
         dataset = _load_dataset("parquet", source, column, data_files={split: source}, split=split)
     else:
         dataset = _load_dataset(source, source, column, split=split)
@@ -98,12 +100,14 @@ def _load_dataset(name: str, source: str, column: str, **kwargs: Any) -> Any:
         dataset = datasets.load_dataset(name, streaming=True, **kwargs)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"expected a folder, a parquet file or the id of a data set; {source!r} cannot be opened ({error})."
+            f"expected a folder, a parquet file or the id of a data set; {shorten(source)} cannot be opened "
+            f"({shorten(error)})."
         ) from error
     features = dataset.features or {}
     if column not in features:
         raise ValueError(
-            f"{source!r} must have a column {column!r}; it has {', '.join(features)}. Name it with --column."
+            f"{shorten(source)} must have a column {shorten(column)}; it has {', '.join(features)}. Name it with "
+            "--column."
         )
     if isinstance(features[column], datasets.Image):
         # Decoded below, where a broken picture is counted and not fatal.
@@ -128,10 +132,13 @@ def load_vae(folder: Path) -> tuple[AutoencoderKL, dict[str, Any]]:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"expected the folder of a VAE or of an MMAR; {str(folder)!r} has no readable config.json ({error})."
+            f"expected the folder of a VAE or of an MMAR; {shorten(str(folder))} has no readable config.json "
+            f"({shorten(error)})."
         ) from error
     if not isinstance(config, dict):
-        raise ValueError(f"expected names and values in {str(folder / 'config.json')!r}; got {config!r}.")
+        raise ValueError(
+            f"expected names and values in {shorten(str(folder / 'config.json'))}; got {shorten(config)}."
+        )
     if config.get("_class_name") == "AutoencoderKL":
         for file in weights_files("vae", folder):
             open_weights(file)  # names what is broken
@@ -139,12 +146,14 @@ def load_vae(folder: Path) -> tuple[AutoencoderKL, dict[str, Any]]:
             return AutoencoderKL.from_pretrained(folder).eval(), config
         except (RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
-                f"expected an AutoencoderKL in {str(folder)!r}; its config and weights do not agree ({error}). Copy "
-                "or convert it again."
+                f"expected an AutoencoderKL in {shorten(str(folder))}; its config and weights do not agree "
+                f"({shorten(error)}). Copy or convert it again."
             ) from error
     if config.get("model_type") != "mmar":
         kind = config.get("_class_name") or config.get("model_type")
-        raise ValueError(f"expected the folder of an AutoencoderKL or of an MMAR; {str(folder)!r} is of a {kind!r}.")
+        raise ValueError(
+            f"expected the folder of an AutoencoderKL or of an MMAR; {shorten(str(folder))} is of a {shorten(kind)}."
+        )
     vae = AutoencoderKL(**MMARConfig.from_pretrained(folder).vae_config)
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     names = [SAFE_WEIGHTS_NAME]
@@ -156,8 +165,8 @@ def load_vae(folder: Path) -> tuple[AutoencoderKL, dict[str, Any]]:
             state |= {key.removeprefix("vae."): file.get_tensor(key) for key in file.keys() if key.startswith("vae.")}
     if not state:
         raise ValueError(
-            f"expected the weights of the VAE in {str(folder)!r}; there are none, it is kept by reference. Measure "
-            "the VAE's own folder."
+            f"expected the weights of the VAE in {shorten(str(folder))}; there are none, it is kept by reference. "
+            "Measure the VAE's own folder."
         )
     vae.load_state_dict(state)
     return vae.eval(), config

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from ..command import run_command
+from ..modeling_mmar.configuration_mmar import shorten
 from .card_mmar import MMARCardFacts, count_parameters, make_model_card, read_evaluation, write_model_card
 from .folders import read_config
 from .models import model_class_of
@@ -31,7 +32,9 @@ def main() -> None:
         try:
             stated = yaml.safe_load(args.facts.read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"expected the facts of a card as YAML in {str(args.facts)!r}; {error}.") from error
+            raise ValueError(
+                f"expected the facts of a card as YAML in {shorten(str(args.facts))}; {shorten(error)}."
+            ) from error
         facts = MMARCardFacts.from_dict(stated)
     with torch.device("meta"):
         model = model_class_of(config)(config)

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, AutoModel
 
-from ..modeling_mmar.configuration_mmar import MMARConfig
+from ..modeling_mmar.configuration_mmar import MMARConfig, shorten
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from ..pipelines.pipeline_mmar import MMARPipeline
 from ..processors.processing_mmar import MMARProcessor
@@ -48,8 +48,8 @@ def opening(path: str | Path, option: str) -> Iterator[None]:
         if os.path.isdir(path):
             raise
         raise ValueError(
-            f"{expected}; got {_shortened(path)}, no folder here, and cannot be opened from the Hub ({error}). "
-            "Correct it."
+            f"{expected}; got {_shortened(path)}, no folder here, and cannot be opened from the Hub "
+            f"({shorten(error)}). Correct it."
         ) from error
 
 
@@ -132,7 +132,8 @@ def _open_model(path: str | Path, **kwargs: Any) -> MMARForConditionalGeneration
         return MMARForConditionalGeneration.from_pretrained(path, **kwargs)
     if not isinstance(config, MMARConfig):
         raise ValueError(
-            f"expected an MMAR in {path!r}; its config is of a {config.model_type!r}. Name another folder."
+            f"expected an MMAR in {shorten(path)}; its config is of a {shorten(config.model_type)}. Name another "
+            "folder."
         )
     return AutoModel.from_pretrained(path, config=config, **kwargs)
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..command import run_command
+from ..modeling_mmar.configuration_mmar import shorten
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from ..modeling_mmar.plora_mmar import PLoRALinear
 from .folders import new_folder
@@ -103,26 +104,28 @@ def import_plora(model: MMARForConditionalGeneration, folder: str | Path) -> Non
     folder = Path(folder)
     settings = _read_settings(folder)
     if settings.get("peft_type") != "LORA":
-        raise ValueError(f"expected a LoRA in {str(folder)!r}; got an adapter of type {settings.get('peft_type')!r}.")
+        raise ValueError(
+            f"expected a LoRA in {shorten(str(folder))}; got an adapter of type {shorten(settings.get('peft_type'))}."
+        )
     if others := [name for name in OTHER_KINDS if settings.get(name)] + ["bias"] * (settings.get("bias") != "none"):
         raise ValueError(
-            f"expected a LoRA of one rank on all layers, without {', '.join(others)}; {str(folder)!r} has it. PLoRA "
-            "computes W x + alpha / r B A x."
+            f"expected a LoRA of one rank on all layers, without {', '.join(others)}; {shorten(str(folder))} has it. "
+            "PLoRA computes W x + alpha / r B A x."
         )
     if settings.get("r") != model.config.plora_rank:
         raise ValueError(
-            f"expected the rank {model.config.plora_rank} of the model's PLoRA in {str(folder)!r}; got "
-            f"{settings.get('r')!r}. Make a model of that `plora_rank`."
+            f"expected the rank {model.config.plora_rank} of the model's PLoRA in {shorten(str(folder))}; got "
+            f"{shorten(settings.get('r'))}. Make a model of that `plora_rank`."
         )
     alpha = settings.get("lora_alpha")
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
-        raise ValueError(f"expected a `lora_alpha` above 0 in {str(folder)!r}; got {alpha!r}.")
+        raise ValueError(f"expected a `lora_alpha` above 0 in {shorten(str(folder))}; got {shorten(alpha)}.")
     try:
         tensors = load_file(folder / ADAPTER_WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"expected the adapter's weights in {str(folder / ADAPTER_WEIGHTS)!r}; they are missing or broken "
-            f"({error}). Copy the folder whole; only safetensors are read."
+            f"expected the adapter's weights in {shorten(str(folder / ADAPTER_WEIGHTS))}; they are missing or broken "
+            f"({shorten(error)}). Copy the folder whole; only safetensors are read."
         ) from error
     values = {_name_in_mmar(name): tensor for name, tensor in tensors.items()}
     targets = {
@@ -133,12 +136,12 @@ def import_plora(model: MMARForConditionalGeneration, folder: str | Path) -> Non
     missing, left_over = sorted(targets.keys() - values.keys()), sorted(values.keys() - targets.keys())
     if len(values) != len(tensors):
         raise ValueError(
-            f"expected each factor once in {str(folder)!r}; got {len(tensors)} tensors for {len(values)} factors, "
-            "some under two names."
+            f"expected each factor once in {shorten(str(folder))}; got {len(tensors)} tensors for {len(values)} "
+            "factors, some under two names."
         )
     if missing or left_over:
         raise ValueError(
-            f"expected an adapter of all {len(targets)} factors of the model's PLoRA in {str(folder)!r}; "
+            f"expected an adapter of all {len(targets)} factors of the model's PLoRA in {shorten(str(folder))}; "
             f"{len(missing)} are missing ({', '.join(missing[:2]) or 'none'}), {len(left_over)} left over "
             f"({', '.join(left_over[:2]) or 'none'})."
         )
@@ -150,8 +153,8 @@ def import_plora(model: MMARForConditionalGeneration, folder: str | Path) -> Non
             )
         if not values[name].is_floating_point() or not bool(torch.isfinite(values[name]).all()):
             raise ValueError(
-                f"expected {name} of finite numbers in {str(folder)!r}; got {values[name].dtype} with NaN, infinity "
-                "or integers. Train or export the adapter again."
+                f"expected {name} of finite numbers in {shorten(str(folder))}; got {values[name].dtype} with NaN, "
+                "infinity or integers. Train or export the adapter again."
             )
     with torch.no_grad():
         for name, target in targets.items():
@@ -165,10 +168,11 @@ def _read_settings(folder: Path) -> dict:
     try:
         settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         if not isinstance(settings, dict):
-            raise ValueError(f"names and values expected, got {settings!r}")
+            raise ValueError(f"names and values expected, got {shorten(settings)}")
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"expected the folder of a peft adapter; {str(folder / ADAPTER_CONFIG)!r} cannot be read ({error})."
+            f"expected the folder of a peft adapter; {shorten(str(folder / ADAPTER_CONFIG))} cannot be read "
+            f"({shorten(error)})."
         ) from error
     return settings
 

@@ -9,6 +9,8 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
+from ..modeling_mmar.configuration_mmar import shorten
+
 
 # All weights files that a repository may have; an index without its shards would mislead.
 WEIGHTS_PATTERNS = ("model*.safetensors", "model.safetensors.index.json")
@@ -47,7 +49,7 @@ def push_folder(
             again by the next try.
     """
     if not isinstance(repo_id, str):
-        raise ValueError(f"`repo_id` must be 'OWNER/NAME' or 'NAME'; got {repo_id!r}.")
+        raise ValueError(f"`repo_id` must be 'OWNER/NAME' or 'NAME'; got {shorten(repo_id)}.")
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as name, _explained_errors(repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -91,20 +93,20 @@ def _explained_errors(repo_id: str) -> Iterator[None]:
     except _WriteError as error:
         raise error.__cause__ from None
     except HFValidationError as error:
-        raise ValueError(f"`repo_id` must be 'OWNER/NAME' or 'NAME'; got {repo_id!r}.") from error
+        raise ValueError(f"`repo_id` must be 'OWNER/NAME' or 'NAME'; got {shorten(repo_id)}.") from error
     except OfflineModeIsEnabled as error:
         raise ValueError(
-            f"expected the Hub to upload to {repo_id!r}; HF_HUB_OFFLINE is set. Unset it and try again."
+            f"expected the Hub to upload to {shorten(repo_id)}; HF_HUB_OFFLINE is set. Unset it and try again."
         ) from error
     except (HTTPError, LocalTokenNotFoundError, RuntimeError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403) or isinstance(error, LocalTokenNotFoundError):
             raise ValueError(
-                f"expected a token that may write to {repo_id!r}; there is none, or it may not. Pass `token`, or log "
-                "in with `hf auth login`."
+                f"expected a token that may write to {shorten(repo_id)}; there is none, or it may not. Pass `token`, "
+                "or log in with `hf auth login`."
             ) from error
         reason = next(iter(str(error).strip().splitlines()), "no reason given")
         raise ValueError(
-            f"the upload to {repo_id!r} broke ({type(error).__name__}: {reason}) before its commit was confirmed. "
-            "Check the network and try again: large files that arrived are not sent twice."
+            f"the upload to {shorten(repo_id)} broke ({type(error).__name__}: {reason}) before its commit was "
+            "confirmed. Check the network and try again: large files that arrived are not sent twice."
         ) from error

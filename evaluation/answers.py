@@ -11,6 +11,7 @@ from transformers import AutoModel, GenerationConfig, PreTrainedModel
 from transformers.feature_extraction_utils import BatchFeature
 
 from ..conversion.models import default_device, default_dtype
+from ..modeling_mmar.configuration_mmar import shorten
 from ..pipelines.pipeline_mmar import MMARPipeline
 from ..processors.processing_mmar import MMARProcessor
 
@@ -42,7 +43,7 @@ def generation_options(options: dict[str, Any]) -> dict[str, Any]:
         )
     options = {name: value for name, value in options.items() if value is not None}
     if (number := options.get("num_return_sequences", 1)) != 1:
-        raise ValueError(f"`num_return_sequences` must be 1, since kits take one answer; got {number!r}.")
+        raise ValueError(f"`num_return_sequences` must be 1, since kits take one answer; got {shorten(number)}.")
     options.setdefault("do_sample", "temperature" in options)
     if options.get("temperature") == 0:
         options["do_sample"] = False
@@ -80,7 +81,7 @@ class MMARAnswerer:
 
     def __init__(self, model: PreTrainedModel, processor: MMARProcessor, batch_size: int = 8):
         if type(batch_size) is not int or batch_size < 1:
-            raise ValueError(f"`batch_size` must be an integer of at least 1; got {batch_size!r}.")
+            raise ValueError(f"`batch_size` must be an integer of at least 1; got {shorten(batch_size)}.")
         MMARPipeline(model, processor, model.default_scheduler())  # checks that they fit together
         self.model = model.eval()
         self.processor = processor
@@ -112,13 +113,14 @@ class MMARAnswerer:
         """
         device = default_device() if device is None else device
         if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ValueError(f"`dtype` must be 'auto' or a type of torch, such as 'bfloat16'; got {dtype!r}.")
+            raise ValueError(f"`dtype` must be 'auto' or a type of torch, such as 'bfloat16'; got {shorten(dtype)}.")
         try:
             torch.empty(0, device=device)
         # AssertionError: torch was built without it.
         except (RuntimeError, AssertionError) as error:
             raise ValueError(
-                f"`device` must be one that torch has here, such as 'cpu'; got {str(device)!r} ({error})."
+                f"`device` must be one that torch has here, such as 'cpu'; got {shorten(str(device))} "
+                f"({shorten(error)})."
             ) from error
         dtype = default_dtype(device) or "auto" if dtype is None else dtype
         try:
@@ -126,13 +128,13 @@ class MMARAnswerer:
         # Whatever the parts raise where a file is missing or of another model.
         except Exception as error:
             raise ValueError(
-                f"expected an MMAR with processor_config.json, chat template and tokenizer in {str(name)!r}; got "
-                f"{type(error).__name__}: {error} Name a folder or repository that `MMARPipeline.save_pretrained` or "
-                "`python -m mmar.conversion.export` wrote."
+                f"expected an MMAR with processor_config.json, chat template and tokenizer in {shorten(str(name))}; "
+                f"got {type(error).__name__}: {shorten(error)} Name a folder or repository that "
+                "`MMARPipeline.save_pretrained` or `python -m mmar.conversion.export` wrote."
             ) from error
         model = AutoModel.from_pretrained(name, dtype=dtype)
         if not hasattr(model, "default_scheduler"):
-            raise ValueError(f"expected an MMAR in {str(name)!r}; got a {type(model).__name__}. Name another.")
+            raise ValueError(f"expected an MMAR in {shorten(str(name))}; got a {type(model).__name__}. Name another.")
         return cls(model.to(device), processor, batch_size)
 
     def fingerprint(self) -> str:
@@ -234,9 +236,11 @@ class MMARAnswerer:
         for chat, continuation in zip(chats, continuations, strict=True):
             target = self.processor.tokenizer(continuation, add_special_tokens=False)["input_ids"]
             if not target:
-                raise ValueError(f"a continuation must have at least one token; got {continuation!r}.")
+                raise ValueError(f"a continuation must have at least one token; got {shorten(continuation)}.")
             if self.processor.image_token_id in target:
-                raise ValueError(f"a continuation is text; got {continuation!r}, with the mark of a picture. Drop it.")
+                raise ValueError(
+                    f"a continuation is text; got {shorten(continuation)}, with the mark of a picture. Drop it."
+                )
             inputs = self.features([chat])
             rows.append(inputs["input_ids"][0].tolist() + target)
             targets.append(target)

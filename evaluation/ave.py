@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..command import run_command
+from ..modeling_mmar.configuration_mmar import shorten
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def ave18(scores: dict[str, float]) -> float:
     for name, score in scores.items():
         is_number = isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
         if not is_number or not 0 <= score <= ROWS[name].maximum:
-            raise ValueError(f"{name} must be a number in [0, {ROWS[name].maximum:g}]; got {score!r}.")
+            raise ValueError(f"{name} must be a number in [0, {ROWS[name].maximum:g}]; got {shorten(score)}.")
     return sum(100 * scores[name] / row.maximum for name, row in ROWS.items()) / len(ROWS)
 
 
@@ -123,8 +124,8 @@ def _value(path: Path, row: Row) -> float:
     except (KeyError, TypeError, ValueError) as error:
         chosen = "" if row.where is None else f" where {row.where[0]!r} is {row.where[1]!r}"
         raise ValueError(
-            f"expected one line with a number in {row.column!r}{chosen} in {path.name!r}; got {error}. Have "
-            "VLMEvalKit evaluate the benchmark again."
+            f"expected one line with a number in {shorten(row.column)}{chosen} in {shorten(path.name)}; got "
+            f"{shorten(error)}. Have VLMEvalKit evaluate the benchmark again."
         ) from error
 
 
@@ -178,10 +179,11 @@ def read_scores(path: Path) -> dict[str, float]:
     try:
         scores = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"expected JSON in {path.name!r}; it cannot be read: {error}.") from error
+        raise ValueError(f"expected JSON in {shorten(path.name)}; it cannot be read: {shorten(error)}.") from error
     if not isinstance(scores, dict):
         raise ValueError(
-            f'expected a JSON object such as {{"AI2D": 43.43, ...}} in {path.name!r}; got {type(scores).__name__}.'
+            f'expected a JSON object such as {{"AI2D": 43.43, ...}} in {shorten(path.name)}; got '
+            f"{type(scores).__name__}."
         )
     return scores
 

@@ -18,6 +18,7 @@ from PIL import Image
 
 from ..command import run_command
 from ..files import write_whole
+from ..modeling_mmar.configuration_mmar import shorten
 from .drawing import Processes, add_arguments, command_of, draw_with, spread
 
 
@@ -38,22 +39,22 @@ def read_prompts(folder: Path) -> list[tuple[str, str]]:
             which the scorer would cut it off.
     """
     if not folder.is_dir():
-        raise ValueError(f"expected a folder of prompts, ID.txt each; there is no folder {str(folder)!r}.")
+        raise ValueError(f"expected a folder of prompts, ID.txt each; there is no folder {shorten(str(folder))}.")
     files = sorted(folder.glob("*.txt"))
     if not files:
-        raise ValueError(f"expected a folder of prompts, ID.txt each; there is no .txt in {str(folder)!r}.")
+        raise ValueError(f"expected a folder of prompts, ID.txt each; there is no .txt in {shorten(str(folder))}.")
     prompts = []
     for file in files:
         try:
             prompt = " ".join(file.read_text(encoding="utf-8").split())
         except UnicodeDecodeError as error:
-            raise ValueError(f"expected a prompt in UTF-8 in {str(file)!r}; got {error}.") from error
+            raise ValueError(f"expected a prompt in UTF-8 in {shorten(str(file))}; got {shorten(error)}.") from error
         if not prompt:
-            raise ValueError(f"expected a prompt in {str(file)!r}; it is empty. Fill or remove it.")
+            raise ValueError(f"expected a prompt in {shorten(str(file))}; it is empty. Fill or remove it.")
         if "." in file.stem:
             raise ValueError(
-                f"expected file names with one dot, before txt, since DPG-Bench's scorer cuts them at the first; got "
-                f"{file.name!r}. Rename it."
+                "expected file names with one dot, before txt, since DPG-Bench's scorer cuts them at the first; got "
+                f"{shorten(file.name)}. Rename it."
             )
         prompts.append((file.stem, prompt))
     return prompts

@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..conversion.models import open_pipeline
 from ..files import UNFINISHED, check_folder, write_whole
+from ..modeling_mmar.configuration_mmar import shorten
 from ..modeling_mmar.generation_mmar import PRESETS
 from ..pipelines.pipeline_mmar import MMARPipeline
 from ..training.mixture import stable_hash
@@ -133,11 +134,13 @@ def read_lines(path: Path, what: str) -> list[dict[str, Any]]:
         ValueError: If the file is missing, empty or no text, or a line is no JSON object.
     """
     if not path.is_file():
-        raise ValueError(f"expected {what}; there is no file {str(path)!r}.")
+        raise ValueError(f"expected {what}; there is no file {shorten(str(path))}.")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"expected {what}, in UTF-8, in {str(path)!r}; got something else ({error}).") from error
+        raise ValueError(
+            f"expected {what}, in UTF-8, in {shorten(str(path))}; got something else ({shorten(error)})."
+        ) from error
     rows = []
     # Not `splitlines`, which cuts at some characters that JSON may have within a string.
     for number, line in enumerate(text.split("\n"), start=1):
@@ -146,12 +149,16 @@ def read_lines(path: Path, what: str) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"expected a JSON object on line {number} of {str(path)!r}; got {error}.") from error
+            raise ValueError(
+                f"expected a JSON object on line {number} of {shorten(str(path))}; got {shorten(error)}."
+            ) from error
         if not isinstance(row, dict):
-            raise ValueError(f"expected a JSON object on line {number} of {str(path)!r}; got {line[:80]!r}.")
+            raise ValueError(
+                f"expected a JSON object on line {number} of {shorten(str(path))}; got {shorten(line[:80])}."
+            )
         rows.append(row)
     if not rows:
-        raise ValueError(f"expected {what} in {str(path)!r}; it is empty.")
+        raise ValueError(f"expected {what} in {shorten(str(path))}; it is empty.")
     return rows
 
 
@@ -215,8 +222,8 @@ def _claim(folder: Path, about: dict[str, Any]) -> None:
         write_json(folder / MANIFEST_NAME, about)
     elif not (folder / MANIFEST_NAME).exists():
         raise ValueError(
-            f"expected a new folder, or one with a {MANIFEST_NAME}; {str(folder)!r} has none but holds "
-            f"{str(picture)!r}. Name another folder, or remove this one."
+            f"expected a new folder, or one with a {MANIFEST_NAME}; {shorten(str(folder))} has none but holds "
+            f"{shorten(str(picture))}. Name another folder, or remove this one."
         )
 
 
@@ -228,14 +235,14 @@ def _compare(folder: Path, about: dict[str, Any]) -> None:
         changed = [name for name in IDENTITY if begun[name] != about[name]]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"expected {', '.join(IDENTITY)} in {str(path)!r}; it is no {MANIFEST_NAME} of drawings. Name another "
-            "folder, or remove this one."
+            f"expected {', '.join(IDENTITY)} in {shorten(str(path))}; it is no {MANIFEST_NAME} of drawings. Name "
+            "another folder, or remove this one."
         ) from error
     if changed:
         differences = "; ".join(f"its {IDENTITY[name]} is {begun[name]}, now it is {about[name]}" for name in changed)
         raise ValueError(
-            f"expected the model, prompts and arguments with which {str(folder)!r} was begun; {differences}. Give the "
-            "same ones to go on, name another folder, or remove this one."
+            f"expected the model, prompts and arguments with which {shorten(str(folder))} was begun; {differences}. "
+            "Give the same ones to go on, name another folder, or remove this one."
         )
 
 

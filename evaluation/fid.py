@@ -44,6 +44,7 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..command import run_command
 from ..files import write_whole
+from ..modeling_mmar.configuration_mmar import shorten
 from ..training.mixture import stable_hash
 from .drawing import OPTIONS, Processes, add_arguments, command_of, draw_with, write_json, write_lines
 
@@ -68,7 +69,8 @@ def torch_fidelity() -> Any:
     # A torchvision that was built for another torch raises a RuntimeError.
     except (ImportError, RuntimeError) as error:
         raise ValueError(
-            f"expected torch-fidelity, which computes the FID; importing it failed ({error}). Install it with "
+            f"expected torch-fidelity, which computes the FID; importing it failed ({shorten(error)}). Install it "
+            "with "
             '`pip install "mmar[eval]"`, beside a torchvision that was built for your torch.'
         ) from error
 
@@ -91,7 +93,7 @@ def read_captions(path: Path) -> list[dict[str, Any]]:
     """
     layout = "captions in COCO's layout ({'annotations': [{'id': 1, 'image_id': 2, 'caption': 'a dog'}, ...]})"
     if not path.is_file():
-        raise ValueError(f"expected {layout}; there is no file {str(path)!r}.")
+        raise ValueError(f"expected {layout}; there is no file {shorten(str(path))}.")
     try:
         annotations = json.loads(path.read_text(encoding="utf-8"))["annotations"]
         rows = [
@@ -100,13 +102,15 @@ def read_captions(path: Path) -> list[dict[str, Any]]:
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"expected {layout} in {str(path)!r}; got something else ({type(error).__name__}: {error}). Name one of "
-            "COCO's captions_*.json."
+            f"expected {layout} in {shorten(str(path))}; got something else ({type(error).__name__}: "
+            f"{shorten(error)}). Name one of COCO's captions_*.json."
         ) from error
     if empty := [row["id"] for row in rows if not row["caption"]]:
-        raise ValueError(f"expected a caption in each annotation of {str(path)!r}; that of {empty[0]} is empty.")
+        raise ValueError(
+            f"expected a caption in each annotation of {shorten(str(path))}; that of {empty[0]} is empty."
+        )
     if not rows:
-        raise ValueError(f"expected {layout} in {str(path)!r}; it has no annotations.")
+        raise ValueError(f"expected {layout} in {shorten(str(path))}; it has no annotations.")
     return rows
 
 
@@ -165,7 +169,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise ValueError(
-            f"expected the weights of Inception; there is no file {str(path)!r}. It is "
+            f"expected the weights of Inception; there is no file {shorten(str(path))}. It is "
             "weights-inception-2015-12-05-6726825d.pth of torch-fidelity's release v0.2.0."
         )
     try:
@@ -176,8 +180,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             raise TypeError("not all of it are tensors by name")
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, TypeError, EOFError, KeyError, ValueError) as error:
         raise ValueError(
-            f"expected tensors by name in {str(path)!r}, as torch.save or safetensors writes them; got something else "
-            f"({_reason(error)}). Name another file."
+            f"expected tensors by name in {shorten(str(path))}, as torch.save or safetensors writes them; got "
+            f"something else ({_reason(error)}). Name another file."
         ) from error
     return weights
 
@@ -214,11 +218,13 @@ def open_extractor(name: str | None, weights: Path | None, device: torch.device)
             extractor = getattr(importlib.import_module(module), kind)
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(
-                f"`extractor` must name a module that can be imported and a class in it, as module:Class; got "
-                f"{name!r} ({error})."
+                "`extractor` must name a module that can be imported and a class in it, as module:Class; got "
+                f"{shorten(name)} ({shorten(error)})."
             ) from error
         if not isinstance(extractor, type) or not issubclass(extractor, fidelity.FeatureExtractorBase):
-            raise ValueError(f"`extractor` must be a class of torch_fidelity.FeatureExtractorBase; got {name!r}.")
+            raise ValueError(
+                f"`extractor` must be a class of torch_fidelity.FeatureExtractorBase; got {shorten(name)}."
+            )
         registered = f"{module}-{kind}"
         if FEATURE_EXTRACTORS_REGISTRY.get(registered) is not extractor:
             fidelity.register_feature_extractor(registered, extractor)
@@ -239,7 +245,7 @@ def open_extractor(name: str | None, weights: Path | None, device: torch.device)
             # The first line only says that there are more.
             reason = str(error).splitlines()[-1].strip()[:MAX_REASON_LENGTH]
             raise ValueError(
-                f"expected the weights of torch-fidelity's Inception in {str(weights)!r}; got those of another "
+                f"expected the weights of torch-fidelity's Inception in {shorten(str(weights))}; got those of another "
                 f"network ({reason})."
             ) from error
 
@@ -311,7 +317,8 @@ def find_pictures(folder: Path) -> list[Path]:
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_ENDINGS and path.is_file())
     if len(files) < 2:
         raise ValueError(
-            f"expected at least 2 real pictures ({', '.join(PICTURE_ENDINGS)}) in {str(folder)!r}; got {len(files)}."
+            f"expected at least 2 real pictures ({', '.join(PICTURE_ENDINGS)}) in {shorten(str(folder))}; got "
+            f"{len(files)}."
         )
     return files
 
@@ -350,8 +357,8 @@ def read_statistics(path: Path) -> dict[str, Any]:
             raise ValueError("they are NaN or infinite in places")
     except (pickle.UnpicklingError, RuntimeError, TypeError, KeyError, ValueError, EOFError, OSError) as error:
         raise ValueError(
-            f"expected `mu` (D,) and `sigma` (D, D) in {str(path)!r}; got something else ({_reason(error)}). Name an "
-            ".npz of them, a -stat-fid- file of torch-fidelity's cache, or a folder of pictures."
+            f"expected `mu` (D,) and `sigma` (D, D) in {shorten(str(path))}; got something else ({_reason(error)}). "
+            "Name an .npz of them, a -stat-fid- file of torch-fidelity's cache, or a folder of pictures."
         ) from error
     return {"mu": mu, "sigma": sigma, "about": about}
 
@@ -365,7 +372,7 @@ def _check_real(path: Path) -> None:
     else:
         raise ValueError(
             f"`real` must be a folder of pictures, or statistics of them ({', '.join(STATISTICS_ENDINGS)}); got "
-            f"{str(path)!r}, which is {'another file' if path.is_file() else 'not there'}."
+            f"{shorten(str(path))}, which is {'another file' if path.is_file() else 'not there'}."
         )
 
 
@@ -406,15 +413,15 @@ def measure(
         said = theirs["about"] or about
         if changed := [name for name in about if said.get(name) != about[name]]:
             raise ValueError(
-                f"expected statistics of the same features in {str(real)!r}: {changed[0]} must be "
+                f"expected statistics of the same features in {shorten(str(real))}: {changed[0]} must be "
                 f"{about[changed[0]]}; got {said.get(changed[0])}. Name the folder of pictures to make them anew."
             )
         about["num_pictures"] = (theirs["about"] or {}).get("num_pictures")
     ours = statistics_of(SquarePictures(drawn, size), extractor, batch_size, num_workers)
     if ours["mu"].shape != theirs["mu"].shape:
         raise ValueError(
-            f"expected statistics of {len(ours['mu'])} features, those of {about['extractor']}, in {str(real)!r}; got "
-            f"{len(theirs['mu'])}. Name the folder of pictures to make them anew."
+            f"expected statistics of {len(ours['mu'])} features, those of {about['extractor']}, in "
+            f"{shorten(str(real))}; got {len(theirs['mu'])}. Name the folder of pictures to make them anew."
         )
     distance = fid_statistics_to_metric(ours, theirs, verbose=False)[KEY_METRIC_FID]
     return {

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..command import run_command
+from ..modeling_mmar.configuration_mmar import shorten
 from .drawing import Processes, add_arguments, command_of, draw_with, read_lines, spread, write_lines
 
 
@@ -40,8 +41,8 @@ def read_metadata(path: Path) -> list[dict[str, Any]]:
         for name in ("prompt", "tag"):
             if not isinstance(row.get(name), str) or not row[name].strip():
                 raise ValueError(
-                    f"expected a `{name}` in each row of {str(path)!r}; row {place} has {row.get(name)!r}. Name "
-                    "GenEval's evaluation_metadata.jsonl."
+                    f"expected a `{name}` in each row of {shorten(str(path))}; row {place} has "
+                    f"{shorten(row.get(name))}. Name GenEval's evaluation_metadata.jsonl."
                 )
     return rows
 
@@ -68,8 +69,8 @@ def read_scores(path: Path) -> dict[str, Any]:
         correct = row.get("correct")
         if not isinstance(correct, bool) or not all(isinstance(row.get(name), str) for name in ("tag", "metadata")):
             raise ValueError(
-                f"expected `tag`, `metadata` and `correct` (true or false) in each row of {str(path)!r}; row {place} "
-                f"has {', '.join(sorted(row)) or 'nothing'}. Name the file that evaluate_images.py wrote."
+                f"expected `tag`, `metadata` and `correct` (true or false) in each row of {shorten(str(path))}; row "
+                f"{place} has {', '.join(sorted(row)) or 'nothing'}. Name the file that evaluate_images.py wrote."
             )
         tags.setdefault(row["tag"], []).append(correct)
         prompts.setdefault(row["metadata"], []).append(correct)

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
+from ..modeling_mmar.configuration_mmar import shorten
 from ..processors.processing_mmar import IMAGE_TOKEN_ALIAS
 from .answers import MMARAnswerer, generation_options
 
@@ -28,8 +29,8 @@ try:
     from lmms_eval.api.task import ConfigurableTask
 except ImportError as error:
     raise ImportError(
-        f"lmms-eval cannot be imported: {error}. Install it with `pip install lmms-eval` (see docs/evaluation.md), in "
-        "an environment of its own if its dependencies do not fit yours."
+        f"lmms-eval cannot be imported: {shorten(error)}. Install it with `pip install lmms-eval` (see "
+        "docs/evaluation.md), in an environment of its own if its dependencies do not fit yours."
     ) from error
 
 
@@ -132,7 +133,7 @@ class MMARForLMMSEval(lmms):
     ):
         super().__init__()
         if not str(batch_size).isdigit():
-            raise ValueError(f"--batch_size must be a number for MMAR; got {batch_size!r}.")
+            raise ValueError(f"--batch_size must be a number for MMAR; got {shorten(batch_size)}.")
         self.accelerator = Accelerator()
         if self.accelerator.num_processes > 1:
             device = self.accelerator.device
@@ -280,7 +281,9 @@ class MMARChatForLMMSEval(MMARForLMMSEval):
             content = []
             for item in message["content"]:
                 if item["type"] not in ("text", "image"):
-                    raise ValueError(f"MMAR reads texts and pictures; a task has {item['type']!r}. Leave it out.")
+                    raise ValueError(
+                        f"MMAR reads texts and pictures; a task has {shorten(item['type'])}. Leave it out."
+                    )
                 is_text = item["type"] == "text"
                 content.append(
                     {"type": "text", "text": item["text"]} if is_text else {"type": "image", "image": item["url"]}

@@ -22,7 +22,7 @@ from transformers import DynamicCache, Qwen2Model
 
 from ..command import run_command
 from ..conversion.init_from_qwen2 import DTYPES, load_preset
-from ..modeling_mmar.configuration_mmar import MMARConfig
+from ..modeling_mmar.configuration_mmar import MMARConfig, shorten
 from ..modeling_mmar.diffusion_mmar import cosine_alphas_cumprod, diffusion_loss
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 
@@ -75,8 +75,8 @@ def meta_model(config: MMARConfig, dtype: torch.dtype) -> MMARForConditionalGene
     """
     if type(config) is not MMARConfig:
         raise ValueError(
-            f"expected the config of an MMAR, whose steps are known here; got that of a {config.model_type!r}. Name "
-            "MMAR's own of the same size."
+            f"expected the config of an MMAR, whose steps are known here; got that of a {shorten(config.model_type)}. "
+            "Name MMAR's own of the same size."
         )
     with torch.device("meta"):
         return MMARForConditionalGeneration(config).to(dtype)

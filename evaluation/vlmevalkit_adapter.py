@@ -32,6 +32,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..command import run_command
+from ..modeling_mmar.configuration_mmar import shorten
 from .answers import MMARAnswerer, generation_options
 from .vlmevalkit_data import AnswersSoFar, chat_content, question_message, question_text, read_table, table_type
 
@@ -178,8 +179,8 @@ def add_table(path: Path, folder: Path) -> str:
     known = dataset_class(path.stem)
     if known is not None and not (known is ImageYORNDataset and path.stem in OWN_TABLES):
         raise ValueError(
-            f"expected a table with a name of its own; {path.stem!r} is a benchmark of the kit. Rename the file, or "
-            f"put it into the kit's folder ($LMUData, or ~/LMUData) and say --data {path.stem}."
+            f"expected a table with a name of its own; {shorten(path.stem)} is a benchmark of the kit. Rename the "
+            f"file, or put it into the kit's folder ($LMUData, or ~/LMUData) and say --data {path.stem}."
         )
     folder.mkdir(parents=True, exist_ok=True)
     copied = folder / path.name
@@ -221,7 +222,7 @@ def load_benchmark(name: str, work_dir: Path) -> Any:
     # The kit raises plain exceptions where a download fails, and asserts.
     except Exception as error:
         raise ValueError(
-            f"expected the benchmark {name}; VLMEvalKit cannot load it: {type(error).__name__}: {error}. Put "
+            f"expected the benchmark {name}; VLMEvalKit cannot load it: {type(error).__name__}: {shorten(error)}. Put "
             f"{name}.tsv into the kit's folder ($LMUData, or ~/LMUData), or give the path of a table."
         ) from error
     finally:
@@ -231,7 +232,7 @@ def load_benchmark(name: str, work_dir: Path) -> Any:
     if dataset is None:
         raise ValueError(
             f"expected a benchmark that VLMEvalKit knows, or {name}.tsv in the kit's folder ($LMUData, or ~/LMUData); "
-            f"got {name!r}. Give the path of a table (NAME.tsv) to use it from elsewhere."
+            f"got {shorten(name)}. Give the path of a table (NAME.tsv) to use it from elsewhere."
         )
     if dataset.MODALITY == "VIDEO" or dataset.TYPE == "MT":
         raise ValueError(
@@ -266,7 +267,7 @@ def infer(model: MMARForVLMEvalKit, dataset: Any, data: Any, answers: AnswersSoF
             texts = model.generate_batch(messages, name)
         # An OSError is Pillow's, of a picture that is none.
         except (ValueError, OSError) as error:
-            raise ValueError(f"{name}, rows with index {', '.join(indices)}: {error}") from error
+            raise ValueError(f"{name}, rows with index {', '.join(indices)}: {shorten(error)}") from error
         answers.add(dict(zip(indices, texts, strict=True)))
 
 
@@ -338,8 +339,8 @@ def evaluate(
         return result  # open answers of a table of the user's
     except Exception as error:
         raise ValueError(
-            f"{dataset_name}: VLMEvalKit could not score the answers: {type(error).__name__}: {error}. They are kept "
-            f"in {prediction_file}. A benchmark with open answers needs --judge."
+            f"{dataset_name}: VLMEvalKit could not score the answers: {type(error).__name__}: {shorten(error)}. They "
+            f"are kept in {prediction_file}. A benchmark with open answers needs --judge."
         ) from error
     return {**result, "scores": as_records(scores)}
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..modeling_mmar.configuration_mmar import shorten
+
 
 # LLaVA's words, which instruction tuning has; the Chinese ones are for Chinese questions.
 MCQ_INSTRUCTION = "Answer with the option's letter from the given choices directly."
@@ -96,13 +98,14 @@ def chat_content(message: list[dict[str, Any]]) -> list[dict[str, str]]:
         if kind not in ("text", "image") or not isinstance(value, str):
             raise ValueError(
                 f'MMAR reads items such as {{"type": "text", "value": "..."}} and {{"type": "image", "value": FILE}}; '
-                f"got type {kind!r} with a value of type {type(value).__name__}. Videos are frames, given as images."
+                f"got type {shorten(kind)} with a value of type {type(value).__name__}. Videos are frames, given as "
+                "images."
             )
         if kind == "text":
             content.append({"type": "text", "text": value})
             continue
         if not value.startswith(("http://", "https://", "data:")) and not Path(value).is_file():
-            raise ValueError(f"expected a picture file, a URL or a data URI; there is no file {value!r}.")
+            raise ValueError(f"expected a picture file, a URL or a data URI; there is no file {shorten(value)}.")
         content.append({"type": "image", "url": value})
     if not any(item["type"] == "image" or item["text"].strip() for item in content):
         raise ValueError("a message must have text or a picture; got an empty one.")
@@ -126,14 +129,14 @@ def read_table(path: Path) -> list[dict[str, str]]:
             no row holds.
     """
     if not path.is_file():
-        raise ValueError(f"expected a table (NAME.tsv) in VLMEvalKit's layout; there is no file {str(path)!r}.")
+        raise ValueError(f"expected a table (NAME.tsv) in VLMEvalKit's layout; there is no file {shorten(str(path))}.")
     csv.field_size_limit(sys.maxsize)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file, delimiter="\t"))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(
-            f"expected a table in UTF-8 with tabs in {path.name!r}; it cannot be read: {error}."
+            f"expected a table in UTF-8 with tabs in {shorten(path.name)}; it cannot be read: {shorten(error)}."
         ) from error
     if missing := [name for name in ("index", "question") if not rows or name not in rows[0]]:
         raise ValueError(
@@ -144,13 +147,15 @@ def read_table(path: Path) -> list[dict[str, str]]:
     seen = set()
     for number, row in enumerate(rows):
         if row["index"] in seen:
-            raise ValueError(f"{path.name} must have each index once; got {row['index']!r} again in row {number}.")
+            raise ValueError(
+                f"{path.name} must have each index once; got {shorten(row['index'])} again in row {number}."
+            )
         seen.add(row["index"])
         image = row.get("image") or ""
         if image and len(image) <= MAX_INDEX_LENGTH and image not in held:
             raise ValueError(
                 f"{path.name}: `image` must be a picture in base64 or the index of a row that holds one; row {number} "
-                f"has {image!r}. Put the picture there."
+                f"has {shorten(image)}. Put the picture there."
             )
     return rows
 
@@ -208,15 +213,15 @@ class AnswersSoFar:
             begun, answers = dict(first["run"]), {line["index"]: line["answer"] for line in lines}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"expected the answers of a run in {str(path)!r}, a JSON object on each line; got something else "
-                f"({type(error).__name__}: {error}). Mend the file, name another --work_dir, or delete the file to "
-                "begin anew."
+                f"expected the answers of a run in {shorten(str(path))}, a JSON object on each line; got something "
+                f"else ({type(error).__name__}: {shorten(error)}). Mend the file, name another --work_dir, or delete "
+                "the file to begin anew."
             ) from error
         if first != {"run": json.loads(json.dumps(run))}:
             changed = [name for name in run if begun.get(name) != run[name]]
             raise ValueError(
-                f"expected the answers of the same run in {str(path)!r}; {', '.join(changed) or 'the run'} changed "
-                "since. Name another --work_dir, or delete the file to begin anew."
+                f"expected the answers of the same run in {shorten(str(path))}; {', '.join(changed) or 'the run'} "
+                "changed since. Name another --work_dir, or delete the file to begin anew."
             )
         if len(whole) < len(text):
             os.truncate(path, len(whole))

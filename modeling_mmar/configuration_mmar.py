@@ -13,6 +13,8 @@ from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 # Longest value, and most names of a list, in an error message.
 MAX_SHOWN_LENGTH = 200
+# Longest text of another exception in one.
+MAX_ERROR_LENGTH = 500
 MAX_SHOWN_NAMES = 30
 
 # LDM's KL-16 in diffusers' terms: a 256 x 256 picture becomes 16 x 16 tokens of 16 channels (suppl. Sec. 6.1).
@@ -138,10 +140,10 @@ class MMARDiffusionConfig(PreTrainedConfig):
         super().validate_architecture()
         if self.prediction_type not in PREDICTION_TYPES:
             raise ValueError(
-                f"`prediction_type` must be one of {', '.join(PREDICTION_TYPES)}; got {self.prediction_type!r}."
+                f"`prediction_type` must be one of {', '.join(PREDICTION_TYPES)}; got {shorten(self.prediction_type)}."
             )
         if self.beta_schedule != "squaredcos_cap_v2":
-            raise ValueError(f"`beta_schedule` must be 'squaredcos_cap_v2'; got {self.beta_schedule!r}.")
+            raise ValueError(f"`beta_schedule` must be 'squaredcos_cap_v2'; got {shorten(self.beta_schedule)}.")
         for name in ("num_train_timesteps", "diffusion_batch_mul"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1; got {getattr(self, name)}.")
@@ -259,8 +261,8 @@ class MMARConfig(PreTrainedConfig):
         super().validate_architecture()
         if self.text_config.model_type != "qwen2":
             raise ValueError(
-                f"`text_config` must be a 'qwen2' config; got {self.text_config.model_type!r}. "
-                "MMAR's PLoRA layers are built on Qwen2."
+                f"`text_config` must be a 'qwen2' config; got {shorten(self.text_config.model_type)}. MMAR's PLoRA "
+                "layers are built on Qwen2."
             )
         if self.text_config.use_sliding_window:
             raise ValueError(
@@ -284,17 +286,19 @@ class MMARConfig(PreTrainedConfig):
         for name in ("num_ar_steps", "num_inference_steps"):
             value = self.image_generation[name]
             if type(value) is not int or value < 1:
-                raise ValueError(f"`image_generation[{name!r}]` must be an integer of at least 1; got {value!r}.")
+                raise ValueError(
+                    f"`image_generation[{shorten(name)}]` must be an integer of at least 1; got {shorten(value)}."
+                )
         scale = self.image_generation["guidance_scale"]
         if not isinstance(scale, (int, float)) or not 0 <= scale < float("inf"):
             raise ValueError(
-                f"`image_generation['guidance_scale']` must be a finite number of at least 0; got {scale!r}."
+                f"`image_generation['guidance_scale']` must be a finite number of at least 0; got {shorten(scale)}."
             )
         for part, reference in (self.frozen_parts or {}).items():
             _check_reference(part, reference)
         if self.frozen_weights not in FROZEN_WEIGHTS:
             raise ValueError(
-                f"`frozen_weights` must be one of {', '.join(FROZEN_WEIGHTS)}; got {self.frozen_weights!r}."
+                f"`frozen_weights` must be one of {', '.join(FROZEN_WEIGHTS)}; got {shorten(self.frozen_weights)}."
             )
         if self.frozen_weights == "referenced" and not self.frozen_parts:
             raise ValueError("`frozen_weights` is 'referenced', but `frozen_parts` names no part; name the parts.")
@@ -307,18 +311,20 @@ class MMARConfig(PreTrainedConfig):
             )
 
 
-def shorten(value: Any, max_length: int = MAX_SHOWN_LENGTH) -> str:
+def shorten(value: Any, max_length: int | None = None) -> str:
     r"""
     A value as an error message shows it, however long or deeply nested it is.
 
     Args:
         value: Anything. The text of an exception is shown as it is, other values by their `repr`.
-        max_length (`int`, *optional*, defaults to 200): Of the result, in characters.
+        max_length (`int`, *optional*): Of the result, in characters; 200 by default, 500 for an exception.
 
     Returns:
         `str`: One line; without its middle if it would be longer.
     """
-    if isinstance(value, BaseException):
+    is_error = isinstance(value, BaseException)
+    max_length = max_length or (MAX_ERROR_LENGTH if is_error else MAX_SHOWN_LENGTH)
+    if is_error:
         # Of a text of megabytes only the ends are looked at.
         text = str(value)
         text = " ".join(
@@ -373,10 +379,12 @@ _SHORT_REPR = _ShortRepr()
 
 def _check_reference(part: str, reference: Any) -> None:
     if part not in FROZEN_PARTS:
-        raise ValueError(f"`frozen_parts` may hold {', '.join(FROZEN_PARTS)}; got {part!r}.")
+        raise ValueError(f"`frozen_parts` may hold {', '.join(FROZEN_PARTS)}; got {shorten(part)}.")
     hashes = reference.get("sha256") if isinstance(reference, dict) else None
     if isinstance(hashes, dict) and not all(isinstance(text, str) for entry in hashes.items() for text in entry):
-        raise ValueError(f"`frozen_parts[{part!r}]['sha256']` must be hashes by file name; got {hashes!r}.")
+        raise ValueError(
+            f"`frozen_parts[{shorten(part)}]['sha256']` must be hashes by file name; got {shorten(hashes)}."
+        )
     kinds = {"repo_id": str, "revision": str | None, "sha256": dict | None}
     if (
         not isinstance(reference, dict)
@@ -385,6 +393,6 @@ def _check_reference(part: str, reference: Any) -> None:
         or not all(isinstance(value, kinds[name]) for name, value in reference.items())
     ):
         raise ValueError(
-            f"`frozen_parts[{part!r}]` must be a dict with `repo_id`, and `revision` or `sha256` where they are "
-            f"known; got {reference!r}."
+            f"`frozen_parts[{shorten(part)}]` must be a dict with `repo_id`, and `revision` or `sha256` where they "
+            f"are known; got {shorten(reference)}."
         )

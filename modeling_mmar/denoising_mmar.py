@@ -19,6 +19,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .configuration_mmar import shorten
 from .diffusion_mmar import MMARDiffusionBlock, MMARDiffusionMLP
 from .fused_head_mmar import can_fuse, fused_block, fused_output, plain_block, plain_output
 from .graphs_mmar import GraphCache, has_hooks
@@ -152,8 +153,8 @@ def start_schedule(scheduler: Any, num_inference_steps: int, device: torch.devic
         scheduler.set_timesteps(num_inference_steps, device=device)
     except ValueError as error:
         raise ValueError(
-            f"`num_inference_steps` {num_inference_steps} is not what {type(scheduler).__name__} takes ({error}). "
-            "Take more steps, or another scheduler."
+            f"`num_inference_steps` {num_inference_steps} is not what {type(scheduler).__name__} takes "
+            f"({shorten(error)}). Take more steps, or another scheduler."
         ) from error
     # Left to look the first timestep up, it begins with the second of those that round to the same one, as Karras
     # sigmas do, and runs off the end.

@@ -147,8 +147,8 @@ def weights_files(part: str, folder: Path) -> list[Path]:
         names = names_in_index(folder / index)
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise ValueError(
-            f"expected the {part}'s weights files {', '.join(names)} in {str(folder)!r}; {', '.join(missing)} missing."
-            " Only safetensors are read. Copy or download the folder whole."
+            f"expected the {part}'s weights files {', '.join(names)} in {shorten(str(folder))}; {', '.join(missing)} "
+            "missing. Only safetensors are read. Copy or download the folder whole."
         )
     return [folder / name for name in names]
 
@@ -171,13 +171,13 @@ def names_in_index(index: Path) -> list[str]:
         outside = [name for name in names if os.path.isabs(name) or ".." in Path(name).parts]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"expected the names of the weights files in {str(index)!r}; it cannot be read ({shorten(repr(error))}). "
-            "Copy or download it again."
+            f"expected the names of the weights files in {shorten(str(index))}; it cannot be read "
+            f"({shorten(repr(error))}). Copy or download it again."
         ) from error
     if outside:
         raise ValueError(
-            f"{str(index)!r} must name weights files in its own folder; got {shorten_names(outside)}. Do not load a "
-            "folder of somebody else that does."
+            f"{shorten(str(index))} must name weights files in its own folder; got {shorten_names(outside)}. Do not "
+            "load a folder of somebody else that does."
         )
     return names
 
@@ -188,8 +188,8 @@ def open_weights(file: Path) -> Any:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"expected whole safetensors in {str(file)!r}; got a missing, broken or truncated file ({error}). Copy or "
-            "download it again."
+            f"expected whole safetensors in {shorten(str(file))}; got a missing, broken or truncated file "
+            f"({shorten(error)}). Copy or download it again."
         ) from error
 
 
@@ -238,7 +238,7 @@ def fetch_part(part: str, reference: dict[str, Any], **download: Any) -> list[Pa
     if is_local and not Path(repo_id).is_dir():
         raise ValueError(
             f"expected {what}; there is no such folder here. Copy it to that place, or set "
-            f"`config.frozen_parts[{part!r}]` to where it is."
+            f"`config.frozen_parts[{shorten(part)}]` to where it is."
         )
     if is_local:
         files = weights_files(part, Path(repo_id))
@@ -246,14 +246,14 @@ def fetch_part(part: str, reference: dict[str, Any], **download: Any) -> list[Pa
         if hashes and (unknown := [file.name for file in files if file.name not in hashes]):
             raise ValueError(
                 f"expected {what} with the SHA-256 of each of its files; {', '.join(unknown)} missing in "
-                f"`config.frozen_parts[{part!r}]['sha256']`. Complete it, or leave `sha256` out."
+                f"`config.frozen_parts[{shorten(part)}]['sha256']`. Complete it, or leave `sha256` out."
             )
         for file in files:
             expected = hashes.get(file.name)
             if expected is not None and (got := sha256_of(file)) != expected:
                 raise ValueError(
-                    f"expected {what}; {str(file)!r} has changed: its SHA-256 is {got}, not {expected}. Restore the "
-                    "file, or save the model again with the part that it was trained with."
+                    f"expected {what}; {shorten(str(file))} has changed: its SHA-256 is {got}, not {expected}. "
+                    "Restore the file, or save the model again with the part that it was trained with."
                 )
         return files
     patterns = [name.replace(".safetensors", "*.safetensors") for name in WEIGHTS_NAMES[part][:1]]
@@ -265,13 +265,13 @@ def fetch_part(part: str, reference: dict[str, Any], **download: Any) -> list[Pa
         reasons = {RevisionNotFoundError: "that revision is gone", GatedRepoError: "access to it must be asked for"}
         reason = reasons.get(type(error), "there is no such repository or it is private")
         raise ValueError(
-            f"expected {what}; {reason}. Pass a `token` that may read it, or set `config.frozen_parts[{part!r}]` to a "
-            "copy."
+            f"expected {what}; {reason}. Pass a `token` that may read it, or set "
+            f"`config.frozen_parts[{shorten(part)}]` to a copy."
         ) from error
     except HFValidationError as error:
         raise ValueError(
             f"expected {what}; that is neither a repository's name nor an absolute path. Set "
-            f"`config.frozen_parts[{part!r}]`."
+            f"`config.frozen_parts[{shorten(part)}]`."
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         raise ValueError(
@@ -355,7 +355,8 @@ def check_unchanged(state: dict[str, Tensor], parts: dict[str, dict[str, Any]], 
                     expected = opened.get_tensor(source).to(value.dtype)
                     if expected.shape != value.shape or not torch.equal(expected, value.detach().cpu()):
                         raise ValueError(
-                            f"expected the {part} of {reference['repo_id']!r}, to be left out of what is saved; "
+                            f"expected the {part} of {shorten(reference['repo_id'])}, to be left out of what is "
+                            "saved; "
                             f'{name} is another. It was trained or replaced: save with `frozen="include"`.'
                         )
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from .configuration_mmar import shorten
+
 
 # Truncated normal of the mask ratio (MAR): mean 1, std 0.25, on [0.7, 1] in stage 1; Sec. 3.3.3 gives the bounds.
 MASK_RATIO_MEAN = 1.0
@@ -112,7 +114,7 @@ def sample_orders(
     asked for one (Sec. 3.3.1), whatever the order is.
     """
     if order not in ORDERS:
-        raise ValueError(f"`order` must be one of {', '.join(ORDERS)}; got {order!r}.")
+        raise ValueError(f"`order` must be one of {', '.join(ORDERS)}; got {shorten(order)}.")
     generators = generators if generators is not None else [None] * num_images
     devices = ["cpu" if generator is None else generator.device for generator in generators]
     orders = [

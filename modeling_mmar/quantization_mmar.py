@@ -21,6 +21,7 @@ from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .configuration_mmar import shorten
 from .frozen_parts_mmar import TRAINED_SUFFIXES
 from .plora_mmar import PLoRALinear
 
@@ -50,19 +51,19 @@ def for_backbone_only(quantization_config: Any) -> QuantizationConfigMixin:
         except (TypeError, ValueError) as error:
             raise ValueError(
                 "`quantization_config` must be a `TorchAoConfig` or a `BitsAndBytesConfig`; got "
-                f"{quantization_config!r} ({error})."
+                f"{shorten(quantization_config)} ({shorten(error)})."
             ) from error
         except ImportError as error:
             raise ImportError(
-                f"`quantization_config` {quantization_config!r} needs a package that is not installed ({error}); "
-                "`pip install torchao`."
+                f"`quantization_config` {shorten(quantization_config)} needs a package that is not installed "
+                f"({shorten(error)}); `pip install torchao`."
             ) from error
     method = getattr(quantization_config, "quant_method", None)
     method = str(getattr(method, "value", method))
     if method not in SKIPPED_MODULES or not isinstance(quantization_config, QuantizationConfigMixin):
         raise ValueError(
-            f"`quantization_config` must be a `TorchAoConfig` or a `BitsAndBytesConfig`; got {quantization_config!r}. "
-            "Other methods would replace or pass over PLoRA's linears."
+            "`quantization_config` must be a `TorchAoConfig` or a `BitsAndBytesConfig`; got "
+            f"{shorten(quantization_config)}. Other methods would replace or pass over PLoRA's linears."
         )
     quantization_config = copy.deepcopy(quantization_config)
     name = SKIPPED_MODULES[method]

@@ -244,7 +244,9 @@ def _from_place(source: str | os.PathLike) -> tuple[bytes, str]:
     if isinstance(source, str) and text.lower().startswith("file://"):
         parts = urlsplit(text)
         if parts.netloc not in ("", "localhost"):
-            raise ValueError(f"A file:// URI must name a file of this machine; got {name}. Drop {parts.netloc!r}.")
+            raise ValueError(
+                f"A file:// URI must name a file of this machine; got {name}. Drop {shorten(parts.netloc)}."
+            )
         text = url2pathname(parts.path)
         if not os.path.isfile(text):
             raise ValueError(f"An image must be a file; {name} is not there. Check that the file exists.")
@@ -294,7 +296,7 @@ def _from_base64(text: str | bytes, name: str) -> tuple[bytes, str]:
     try:
         return base64.b64decode(compact + b"=" * (-len(compact) % 4), validate=True), name
     except ValueError as error:
-        raise ValueError(f"An image in base64 must be valid; {name} is not: {error}.") from error
+        raise ValueError(f"An image in base64 must be valid; {name} is not: {shorten(error)}.") from error
 
 
 def _from_file_object(source: Any) -> tuple[bytes, str]:
@@ -373,7 +375,7 @@ def _pil_to_rgb_array(image: Image.Image) -> np.ndarray:
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > np.iinfo(np.uint16).max:
             raise ValueError(
-                f"A picture of PIL mode {image.mode!r} must hold 16-bit values in [0, 65535]; got values in "
+                f"A picture of PIL mode {shorten(image.mode)} must hold 16-bit values in [0, 65535]; got values in "
                 f"[{values.min()}, {values.max()}]. Scale it first."
             )
         return _array_to_rgb_array(values.astype(np.uint16), channels_first=False)
@@ -581,7 +583,7 @@ class MMARImageProcessor(BaseImageProcessor):
                 try:
                     fetched.append(self.fetch_images(image, places))
                 except ValueError as error:
-                    raise ValueError(f"Picture {index} of {len(images)}: {error}") from error
+                    raise ValueError(f"Picture {index} of {len(images)}: {shorten(error)}") from error
             return fetched
         if images is None or isinstance(images, (Image.Image, np.ndarray, torch.Tensor)):
             return images
@@ -653,7 +655,7 @@ class MMARImageProcessor(BaseImageProcessor):
                 array = self._resize_and_crop(array, options)
                 arrays.append(self._to_range(array, options))
             except ValueError as error:
-                raise ValueError(f"Picture {index} of {len(pictures)}: {error}") from error
+                raise ValueError(f"Picture {index} of {len(pictures)}: {shorten(error)}") from error
 
         if data_format == "channels_last":
             arrays = [np.moveaxis(array, 0, -1) for array in arrays]
@@ -676,8 +678,8 @@ class MMARImageProcessor(BaseImageProcessor):
                 raise ValueError(f"it must have pixels; got width x height {picture.size[0]} x {picture.size[1]}.")
             if not do_convert_rgb and picture.mode != "RGB":
                 raise ValueError(
-                    f"with `do_convert_rgb=False` it must be RGB; got mode {picture.mode!r}. "
-                    "Set `do_convert_rgb=True` or convert it."
+                    f"with `do_convert_rgb=False` it must be RGB; got mode {shorten(picture.mode)}. Set "
+                    "`do_convert_rgb=True` or convert it."
                 )
             return _pil_to_rgb_array(read_image(picture))
 
@@ -777,7 +779,7 @@ class MMARImageProcessor(BaseImageProcessor):
                 if `output_type` is unknown.
         """
         if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}; got {output_type!r}.")
+            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}; got {shorten(output_type)}.")
         if isinstance(pixel_values, (list, tuple)) and pixel_values:
             pixel_values = torch.stack([torch.as_tensor(picture) for picture in pixel_values])
         pixel_values = torch.as_tensor(pixel_values)

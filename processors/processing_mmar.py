@@ -14,7 +14,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from ..conversion.push_mmar import push_folder
-from ..modeling_mmar.configuration_mmar import IGNORE_INDEX
+from ..modeling_mmar.configuration_mmar import IGNORE_INDEX, shorten
 from .image_processing_mmar import MMARImageProcessor, MMARImageProcessorKwargs
 
 
@@ -132,12 +132,13 @@ class MMARProcessor(ProcessorMixin):
     ):
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise ValueError(
-                f"MMARProcessor needs a `tokenizer`; got {tokenizer!r}. Pass AutoTokenizer.from_pretrained(...)."
+                f"MMARProcessor needs a `tokenizer`; got {shorten(tokenizer)}. Pass "
+                "AutoTokenizer.from_pretrained(...)."
             )
         if type(num_image_tokens) is not int or num_image_tokens < 1:
-            raise ValueError(f"`num_image_tokens` must be an integer of at least 1; got {num_image_tokens!r}.")
+            raise ValueError(f"`num_image_tokens` must be an integer of at least 1; got {shorten(num_image_tokens)}.")
         if "{caption}" not in generation_prompt:
-            raise ValueError(f"`generation_prompt` must contain '{{caption}}'; got {generation_prompt!r}.")
+            raise ValueError(f"`generation_prompt` must contain '{{caption}}'; got {shorten(generation_prompt)}.")
         self.num_image_tokens = num_image_tokens
         self.image_token = image_token
         self.generation_prompt = generation_prompt
@@ -313,8 +314,8 @@ class MMARProcessor(ProcessorMixin):
         except ValueError as error:
             raise ValueError(
                 f"Truncation must keep pictures whole, {self.num_image_tokens} tokens each; the image tokens left in "
-                f"each row (ids) are fewer than those needed (text): {error} Raise `max_length`, drop `truncation`, "
-                "or pass fewer pictures."
+                f"each row (ids) are fewer than those needed (text): {shorten(error)} Raise `max_length`, drop "
+                "`truncation`, or pass fewer pictures."
             ) from error
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
@@ -351,10 +352,10 @@ class MMARProcessor(ProcessorMixin):
         _check_unicode(text, name)
         for mark in (self.image_token, IMAGE_TOKEN_ALIAS):
             if mark in text:
-                raise ValueError(f"{name} must not contain the image mark {mark}; got {text!r}. Drop the mark.")
+                raise ValueError(f"{name} must not contain the image mark {mark}; got {shorten(text)}. Drop the mark.")
         for mark in {TURN_START, TURN_END, *self.tokenizer.all_special_tokens}:
             if mark in text:
-                raise ValueError(f"{name} must not contain the control token {mark}; got {text!r}. Drop it.")
+                raise ValueError(f"{name} must not contain the control token {mark}; got {shorten(text)}. Drop it.")
 
     def _generation_text(self, prompt: str | None) -> str:
         """The text before a generated picture; the null prompt for None and ''."""
@@ -443,11 +444,13 @@ class MMARProcessor(ProcessorMixin):
                 the sample is longer than `tokenizer.model_max_length`.
         """
         if task not in TASKS:
-            raise ValueError(f"`task` must be one of {', '.join(TASKS)}; got {task!r}.")
+            raise ValueError(f"`task` must be one of {', '.join(TASKS)}; got {shorten(task)}.")
         if task != "uncond":
             self._check_no_mark(text, f"`text` of task {task!r}")
             if not text:
-                raise ValueError(f"`text` of task {task!r} must not be empty. Use task 'uncond' for no caption.")
+                raise ValueError(
+                    f"`text` of task {shorten(task)} must not be empty. Use task 'uncond' for no caption."
+                )
         if task == "i2t":
             if num_images < 1:
                 raise ValueError(f"`num_images` must be at least 1; got {num_images}.")
@@ -570,7 +573,7 @@ class MMARProcessor(ProcessorMixin):
             )
         if generation_mode == "image":
             return self.postprocess(generated_outputs, output_type=kwargs.get("output_type", "pil"))
-        raise ValueError(f"`generation_mode` must be 'text' or 'image'; got {generation_mode!r}.")
+        raise ValueError(f"`generation_mode` must be 'text' or 'image'; got {shorten(generation_mode)}.")
 
     # Saving and loading
 
@@ -645,8 +648,9 @@ class MMARProcessor(ProcessorMixin):
             if isinstance(error, OSError) or not os.path.isdir(pretrained_model_name_or_path):
                 raise  # names what is missing
             raise ValueError(
-                f"expected whole tokenizer files (tokenizer.json, tokenizer_config.json) in "
-                f"{str(pretrained_model_name_or_path)!r}; they cannot be read ({error}). Copy or download them again."
+                "expected whole tokenizer files (tokenizer.json, tokenizer_config.json) in "
+                f"{shorten(str(pretrained_model_name_or_path))}; they cannot be read ({shorten(error)}). Copy or "
+                "download them again."
             ) from error
         image_kwargs = {name: value for name, value in kwargs.items() if name in image_names | DOWNLOAD_NAMES}
         return [MMARImageProcessor.from_pretrained(pretrained_model_name_or_path, **image_kwargs), tokenizer]
@@ -676,7 +680,9 @@ def _check_conversation(conversation: Any) -> None:
         return
     for index, message in enumerate(conversation):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
-            raise ValueError(f"Message {index} must be a dict with `role`, a string, and `content`; got {message!r}.")
+            raise ValueError(
+                f"Message {index} must be a dict with `role`, a string, and `content`; got {shorten(message)}."
+            )
         content = message["content"]
         if isinstance(content, str):
             continue
@@ -687,11 +693,13 @@ def _check_conversation(conversation: Any) -> None:
         for item in content:
             kind = item.get("type") if isinstance(item, dict) else None
             if kind not in (None, "text", "image", "image_url"):
-                raise ValueError(f"MMAR reads content of type 'text' and 'image'; got {kind!r} in message {index}.")
+                raise ValueError(
+                    f"MMAR reads content of type 'text' and 'image'; got {shorten(kind)} in message {index}."
+                )
             if kind is None or (kind == "text" and not isinstance(item.get("text"), str)):
                 raise ValueError(
                     f'The content of message {index} must hold dicts such as {{"type": "text", "text": "..."}} and '
-                    f'{{"type": "image", "url": "..."}}; got {item!r}.'
+                    f'{{"type": "image", "url": "..."}}; got {shorten(item)}.'
                 )
 
 

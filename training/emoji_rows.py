@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..command import run_command
+from ..modeling_mmar.configuration_mmar import shorten
 from .rows import BadRow, check_row
 
 
@@ -91,11 +92,13 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"expected a parquet file; there is none at {str(path)!r}. Check the path.")
+        raise ValueError(f"expected a parquet file; there is none at {shorten(str(path))}. Check the path.")
     try:
         table = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"expected a parquet file at {str(path)!r}; it cannot be read ({error}).") from error
+        raise ValueError(
+            f"expected a parquet file at {shorten(str(path))}; it cannot be read ({shorten(error)})."
+        ) from error
     if missing := {"image", "captions", "questions", "answers"} - set(table.column_names):
         raise ValueError(
             f"{path.name} must have the columns image, captions, questions and answers; missing: "

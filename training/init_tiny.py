@@ -20,7 +20,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerFast
 
 from ..command import run_command
 from ..conversion.models import model_class_of, open_model
-from ..modeling_mmar.configuration_mmar import MMARConfig
+from ..modeling_mmar.configuration_mmar import MMARConfig, shorten
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from ..processors.image_processing_mmar import MMARImageProcessor
 from ..processors.processing_mmar import IMAGE_TOKEN, MMARProcessor
@@ -89,8 +89,8 @@ def take_weights(
         else:
             came = tuple(weights[name].shape) if name in weights else "nothing of that name"
             raise ValueError(
-                f"expected {name!r} in --model with the shape {tuple(weight.shape)} of --config, got {came}. Pass the "
-                "config that the checkpoint was made with."
+                f"expected {shorten(name)} in --model with the shape {tuple(weight.shape)} of --config, got {came}. "
+                "Pass the config that the checkpoint was made with."
             )
 
 
@@ -114,13 +114,13 @@ def main() -> None:
     torch.manual_seed(args.seed)
     config = AutoConfig.from_pretrained(args.config)
     if not isinstance(config, MMARConfig):
-        raise ValueError(f"expected the config of an MMAR in --config; got that of a {config.model_type!r}.")
+        raise ValueError(f"expected the config of an MMAR in --config; got that of a {shorten(config.model_type)}.")
     old = None if args.model is None else open_model(args.model, "--model", dtype=torch.float32)
     vae = model_class_of(config).vae_class.from_pretrained(args.vae) if old is None else old.vae
     if "latents_std" in vae.config and vae.config.latents_std is None:
         raise ValueError(
-            f"expected a VAE with the measured `latents_mean` and `latents_std` in {str(args.vae or args.model)!r}; "
-            "they are not there. Let `train_vae` run to its end."
+            "expected a VAE with the measured `latents_mean` and `latents_std` in "
+            f"{shorten(str(args.vae or args.model))}; they are not there. Let `train_vae` run to its end."
         )
     config.vae_config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
     rows = read_rows(args.data)
@@ -145,8 +145,9 @@ def main() -> None:
             model.model.latent_encoder.load_state_dict(load_file(args.vae / LATENT_ENCODER_NAME))
         except RuntimeError as error:
             raise ValueError(
-                f"expected the latent encoder of --config in {str(args.vae / LATENT_ENCODER_NAME)!r}; it is of other "
-                f"sizes ({str(error).splitlines()[-1].strip()}). Pass --no-take_latent_encoder to start without it."
+                f"expected the latent encoder of --config in {shorten(str(args.vae / LATENT_ENCODER_NAME))}; it is of "
+                f"other sizes ({str(error).splitlines()[-1].strip()}). Pass --no-take_latent_encoder to start without "
+                "it."
             ) from error
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, max_new_tokens=32

@@ -44,6 +44,7 @@ from .. import __version__
 from ..command import run_command
 from ..conversion.models import open_model, open_processor
 from ..files import UNFINISHED, write_whole
+from ..modeling_mmar.configuration_mmar import shorten
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from ..processors.image_processing_mmar import DEFAULTS, MMARImageProcessor, read_image_file
 from ..processors.processing_mmar import MMARProcessor
@@ -155,14 +156,18 @@ def _read_index(folder: Path) -> dict[str, Any]:
         index = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(
-            f"expected a folder of latents; there is no {str(path)!r}. `python -m mmar.training.latents` makes one."
+            f"expected a folder of latents; there is no {shorten(str(path))}. `python -m mmar.training.latents` makes "
+            "one."
         ) from error
     except ValueError as error:
-        raise ValueError(f"expected JSON in {str(path)!r}; it is broken ({error}). Remove the folder.") from error
+        raise ValueError(
+            f"expected JSON in {shorten(str(path))}; it is broken ({shorten(error)}). Remove the folder."
+        ) from error
     expected = {*IDENTITY, "version", "command", "source"}
     if not isinstance(index, dict) or not expected <= index.keys():
         raise ValueError(
-            f"expected {', '.join(sorted(expected))} in {str(path)!r}; it is no index of latents. Name another folder."
+            f"expected {', '.join(sorted(expected))} in {shorten(str(path))}; it is no index of latents. Name another "
+            "folder."
         )
     return index
 
@@ -196,11 +201,11 @@ def _open_shard(folder: Path, index: dict[str, Any], shard: int) -> tuple[dict[s
             about = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except FileNotFoundError as error:
-        raise ValueError(f"expected the shard {str(path)!r}; it is missing. {_how_to_finish(index)}") from error
+        raise ValueError(f"expected the shard {shorten(str(path))}; it is missing. {_how_to_finish(index)}") from error
     except (SafetensorError, ValueError) as error:
         raise ValueError(
-            f"expected a shard of latents at {str(path)!r}; it is truncated or broken ({error}). Remove that file. "
-            f"{_how_to_finish(index)}"
+            f"expected a shard of latents at {shorten(str(path))}; it is truncated or broken ({shorten(error)}). "
+            f"Remove that file. {_how_to_finish(index)}"
         ) from error
     num_rows = len(_shard_rows(index, shard))
     expected = {kind: (torch.half, (num_rows, n, 2, *index["latent_shape"])) for kind, n in index["kinds"].items()}
@@ -209,8 +214,8 @@ def _open_shard(folder: Path, index: dict[str, Any], shard: int) -> tuple[dict[s
         name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()
     }:
         raise ValueError(
-            f"expected a shard of these latents at {str(path)!r}; it is another source's, or made with another VAE or "
-            f"other options than {INDEX_NAME} has. Remove that file. {_how_to_finish(index)}"
+            f"expected a shard of these latents at {shorten(str(path))}; it is another source's, or made with another "
+            f"VAE or other options than {INDEX_NAME} has. Remove that file. {_how_to_finish(index)}"
         )
     return tensors, about["broken"]
 
@@ -252,7 +257,9 @@ class _RowViews(Dataset):
             try:
                 return distort(restyle(picture) if kind == "content" else picture)
             except ValueError as error:
-                raise BadRow(f"no view of its picture of {picture.size} pixels can be drawn: {error}.") from error
+                raise BadRow(
+                    f"no view of its picture of {picture.size} pixels can be drawn: {shorten(error)}."
+                ) from error
 
 
 def _broken(index: int, row: dict[str, Any], reason: str) -> dict[str, Any]:
@@ -414,8 +421,8 @@ def _begin(
     if changed := [name for name in IDENTITY if begun[name] != index[name]]:
         differences = "; ".join(f"its {IDENTITY[name]} is {begun[name]}, now it is {index[name]}" for name in changed)
         raise ValueError(
-            f"expected the source, VAE and options with which {str(folder)!r} was begun; {differences}. Give the same "
-            "ones to go on, name another folder, or remove this one."
+            f"expected the source, VAE and options with which {shorten(str(folder))} was begun; {differences}. Give "
+            "the same ones to go on, name another folder, or remove this one."
         )
     return begun
 
@@ -491,8 +498,9 @@ def _finish(folder: Path, index: dict[str, Any]) -> list[dict[str, Any]] | None:
     write_whole(folder / BROKEN_NAME, json.dumps(broken, indent=2).encode() + b"\n")
     if len(broken) == index["num_rows"]:
         raise ValueError(
-            f"expected pictures in {index['source']!r}; all {len(broken)} rows are broken, the first of them: "
-            f"{broken[0]['reason']} Look at the source and its columns, remove {str(folder)!r} and encode it again."
+            f"expected pictures in {shorten(index['source'])}; all {len(broken)} rows are broken, the first of them: "
+            f"{broken[0]['reason']} Look at the source and its columns, remove {shorten(str(folder))} and encode it "
+            "again."
         )
     return broken
 
@@ -529,8 +537,8 @@ class LatentCache:
         shards = range(_num_shards(index))
         if missing := [shard for shard in shards if not _shard_path(folder, index, shard).exists()]:
             raise ValueError(
-                f"expected {len(shards)} shards of latents in {str(folder)!r}; {len(missing)} are missing, the first "
-                f"of them {_shard_path(folder, index, missing[0]).name}. {_how_to_finish(index)}"
+                f"expected {len(shards)} shards of latents in {shorten(str(folder))}; {len(missing)} are missing, the "
+                f"first of them {_shard_path(folder, index, missing[0]).name}. {_how_to_finish(index)}"
             )
         self.__setstate__({"folder": folder, "index": index})
         for shard in shards:
@@ -565,7 +573,7 @@ class LatentCache:
         tensors, broken = self._shard(shard)
         if tensors["broken"][place]:
             reason = next(entry["reason"] for entry in broken if entry["row"] == row)
-            raise BadRow(f"row {row} of {self.index['source']!r} has no latents: {reason}")
+            raise BadRow(f"row {row} of {shorten(self.index['source'])} has no latents: {reason}")
         # Copies: a view would drag its whole shard from a worker to the training.
         return {kind: tensors[kind][place].clone() for kind in self.index["kinds"]}
 
@@ -585,21 +593,21 @@ class LatentCache:
         """
         if (sha256 := vae_sha256(model)) != self.index["vae_sha256"]:
             raise ValueError(
-                f"expected latents of the model's VAE and latent scale in {str(self.folder)!r}; they were made with "
-                f"another one (its fingerprint is {self.index['vae_sha256']}, the model's {sha256}). Train the model "
-                "that they were made with, or encode the pictures again, into another folder."
+                f"expected latents of the model's VAE and latent scale in {shorten(str(self.folder))}; they were made "
+                f"with another one (its fingerprint is {self.index['vae_sha256']}, the model's {sha256}). Train the "
+                "model that they were made with, or encode the pictures again, into another folder."
             )
         shape = [model.config.latent_channels, model.config.latent_size, model.config.latent_size]
         if shape != self.index["latent_shape"]:
             raise ValueError(
-                f"expected latents of shape {shape}, the model's, in {str(self.folder)!r}; they are of shape "
+                f"expected latents of shape {shape}, the model's, in {shorten(str(self.folder))}; they are of shape "
                 f"{self.index['latent_shape']}. Encode the pictures again, into another folder."
             )
         if len(source) != len(self) or pictures_sha256(source) != self.index["pictures_sha256"]:
             raise ValueError(
-                f"expected latents of the {len(source)} rows of {_name_of(source)!r} in {str(self.folder)!r}; they "
-                f"are of the {len(self)} rows that {self.index['source']!r} had when they were made. Encode the "
-                "pictures again, into another folder."
+                f"expected latents of the {len(source)} rows of {shorten(_name_of(source))} in "
+                f"{shorten(str(self.folder))}; they are of the {len(self)} rows that {shorten(self.index['source'])} "
+                "had when they were made. Encode the pictures again, into another folder."
             )
 
 
@@ -611,7 +619,7 @@ def _columns(arguments: list[str]) -> dict[str, str]:
     for argument in arguments:
         key, _, name = argument.partition("=")
         if not key or not name:
-            raise ValueError(f"--columns takes key=name, such as image=jpg; got {argument!r}.")
+            raise ValueError(f"--columns takes key=name, such as image=jpg; got {shorten(argument)}.")
         columns[key] = name
     return columns
 

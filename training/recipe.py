@@ -21,6 +21,7 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.trainer_utils import IntervalStrategy
 
+from ..modeling_mmar.configuration_mmar import shorten
 from ..processors.processing_mmar import TASKS
 from .trainer import MMARTrainingArguments
 
@@ -65,15 +66,17 @@ class DataArguments:
     def __post_init__(self):
         self.task_weights = check_task_weights(self.task_weights, "`task_weights`")
         if not 0 <= self.mask_ratio_min < 1:
-            raise ValueError(f"`mask_ratio_min` must be in [0, 1); got {self.mask_ratio_min!r}.")
+            raise ValueError(f"`mask_ratio_min` must be in [0, 1); got {shorten(self.mask_ratio_min)}.")
         if not 0 <= self.swap_rate <= 1:
-            raise ValueError(f"`swap_rate` must be in [0, 1]; got {self.swap_rate!r}.")
+            raise ValueError(f"`swap_rate` must be in [0, 1]; got {shorten(self.swap_rate)}.")
         if self.frozen_dtype not in FROZEN_DTYPES:
-            raise ValueError(f"`frozen_dtype` must be one of {', '.join(FROZEN_DTYPES)}; got {self.frozen_dtype!r}.")
+            raise ValueError(
+                f"`frozen_dtype` must be one of {', '.join(FROZEN_DTYPES)}; got {shorten(self.frozen_dtype)}."
+            )
         for name in ("diffusion_batch_mul", "shuffle_buffer", "total_batch_size", "num_eval_samples"):
             value, may_be_none = getattr(self, name), name in ("total_batch_size", "num_eval_samples")
             if (type(value) is not int or value < 1) and not (may_be_none and value is None):
-                raise ValueError(f"`{name}` must be an integer of at least 1; got {value!r}.")
+                raise ValueError(f"`{name}` must be an integer of at least 1; got {shorten(value)}.")
         by_number = {
             "latents": self.latents is not None,
             "mask_ratio_per_batch": self.mask_ratio_per_batch,
@@ -112,10 +115,12 @@ class SourceArguments:
         for key in ("path", "name", "split", "image_folder", "latents"):
             value, may_be_none = getattr(self, key), key in ("image_folder", "latents")
             if not (isinstance(value, str) and value.strip()) and not (may_be_none and value is None):
-                raise ValueError(f"`{key}` of a source must be a text; got {value!r}.")
+                raise ValueError(f"`{key}` of a source must be a text; got {shorten(value)}.")
         where = f"of the source {self.name!r}"
         if not _are_numbers([self.weight]) or not 0 < self.weight < math.inf:
-            raise ValueError(f"`weight` {where} must be a number above 0; got {self.weight!r}. Drop unused sources.")
+            raise ValueError(
+                f"`weight` {where} must be a number above 0; got {shorten(self.weight)}. Drop unused sources."
+            )
         self.weight = float(self.weight)
         if self.task_weights is not None:
             self.task_weights = check_task_weights(self.task_weights, f"`task_weights` {where}")
@@ -124,7 +129,7 @@ class SourceArguments:
         if not are_names or not all(name is None or isinstance(name, str) for name in columns.values()):
             raise ValueError(
                 f"`columns` {where} must name a column for each key, such as {{image: jpg, captions: txt}}; got "
-                f"{columns!r}."
+                f"{shorten(columns)}."
             )
 
 
@@ -142,7 +147,7 @@ def check_task_weights(weights: Any, name: str) -> list[float]:
     if not proportions or not 0 < sum(weights) < math.inf:
         raise ValueError(
             f"{name} must be three numbers of at least 0, not all 0: text to image, image to text, unconditional; got "
-            f"{weights!r}."
+            f"{shorten(weights)}."
         )
     return [float(weight) for weight in weights]
 
@@ -174,7 +179,7 @@ def parse(arguments: list[str]) -> tuple[DataArguments, MMARTrainingArguments]:
     for argument in arguments[1:]:
         key, found, value = argument.partition("=")
         if not found:
-            raise ValueError(f"expected key=value after the recipe; got {argument!r}.")
+            raise ValueError(f"expected key=value after the recipe; got {shorten(argument)}.")
         values[key] = _yaml(value, key)
     # Not the fields' own types, which HfArgumentParser changes.
     parts = (DataArguments, MMARTrainingArguments)
@@ -241,7 +246,8 @@ def _check_together(data_args: DataArguments, args: MMARTrainingArguments, given
     if args.resume_from_checkpoint is not None:
         raise ValueError(
             "a training goes on from the last whole checkpoint of `output_dir` by itself; got "
-            f"`resume_from_checkpoint`, {args.resume_from_checkpoint!r}. Drop it, or give the checkpoint as `model`."
+            f"`resume_from_checkpoint`, {shorten(args.resume_from_checkpoint)}. Drop it, or give the checkpoint as "
+            "`model`."
         )
     if data_args.eval_data is not None and args.eval_strategy == IntervalStrategy.NO:
         raise ValueError(
@@ -255,8 +261,8 @@ def _check_together(data_args: DataArguments, args: MMARTrainingArguments, given
         )
     if data_args.frozen_dtype != "float32" and args.mixed_precision != "bf16":
         raise ValueError(
-            f"`frozen_dtype` must be float32 without `bf16=true`, since trained weights are float32; got "
-            f"{data_args.frozen_dtype!r}. Set `frozen_dtype=float32` or `bf16=true`."
+            "`frozen_dtype` must be float32 without `bf16=true`, since trained weights are float32; got "
+            f"{shorten(data_args.frozen_dtype)}. Set `frozen_dtype=float32` or `bf16=true`."
         )
     if data_args.streaming and args.sort_by_length:
         raise ValueError(_not_in_streams(["sort_by_length"]))
@@ -281,14 +287,16 @@ def _read(path: str | Path) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"expected a text file in UTF-8 at {str(path)!r}; it cannot be read ({error}).") from error
+        raise ValueError(
+            f"expected a text file in UTF-8 at {shorten(str(path))}; it cannot be read ({shorten(error)})."
+        ) from error
 
 
 def _yaml(text: str, name: str) -> Any:
     try:
         return yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
-        raise ValueError(f"expected YAML in {name!r}; it cannot be read ({error}).") from error
+        raise ValueError(f"expected YAML in {shorten(name)}; it cannot be read ({shorten(error)}).") from error
 
 
 def _typed(name: str, value: Any, kind: Any) -> Any:
@@ -300,10 +308,10 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
         # `false`, `no` and `off` are one value in YAML 1.1.
         text = "no" if value is False and "no" in choices else value
         if text not in choices:
-            raise ValueError(f"`{name}` must be one of {', '.join(choices)}; got {value!r}.")
+            raise ValueError(f"`{name}` must be one of {', '.join(choices)}; got {shorten(value)}.")
         return text
     if kinds - {NoneType} == {str} and not isinstance(value, str):
-        raise ValueError(f"`{name}` must be a text; got {value!r}.")
+        raise ValueError(f"`{name}` must be a text; got {shorten(value)}.")
     expected = next((k for k in (bool, int, float) if k in kinds), None)
     if expected is None or (str in kinds and value is not None):
         return value
@@ -313,7 +321,7 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
     elif type(value) is expected or (expected is int and float in kinds and type(value) is float):
         return value
     example = {bool: "true or false", int: "an integer", float: "a number"}[expected]
-    raise ValueError(f"`{name}` must be {example}; got {value!r}.")
+    raise ValueError(f"`{name}` must be {example}; got {shorten(value)}.")
 
 
 # The sources
@@ -353,7 +361,9 @@ def read_sources(
     if not data.endswith(YAML_ENDINGS):
         return [SourceArguments(path=data, name=_default_name(data), latents=latents)]
     if not Path(data).is_file():
-        raise ValueError(f"expected a YAML file of sources as `{option}`; there is none at {data!r}. Check the path.")
+        raise ValueError(
+            f"expected a YAML file of sources as `{option}`; there is none at {shorten(data)}. Check the path."
+        )
     if latents is not None:
         raise ValueError(
             f"`latents` are those of a single source; {data} lists several. Write `latents: FOLDER` beside the `path` "
@@ -361,7 +371,7 @@ def read_sources(
         )
     entries = _yaml(_read(data), data)
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(f"expected a list of sources, each with a `- path:`, in {data}; got {entries!r}.")
+        raise ValueError(f"expected a list of sources, each with a `- path:`, in {data}; got {shorten(entries)}.")
     sources = [_source(entry, number, Path(data)) for number, entry in enumerate(entries, start=1)]
     names = [source.name for source in sources]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -378,7 +388,7 @@ def _source(entry: dict[str, Any], number: int, file: Path) -> SourceArguments:
     refuse_unknown(entry, [f.name for f in dataclasses.fields(SourceArguments)], f"source {number} of {file}")
     entry = {key: value for key, value in entry.items() if value is not None}
     if not isinstance(path := entry.get("path"), str):
-        raise ValueError(f"source {number} of {file} must have a `path`, a text; got {path!r}.")
+        raise ValueError(f"source {number} of {file} must have a `path`, a text; got {shorten(path)}.")
     entry.setdefault("name", _default_name(path))
     is_file = path.startswith(("./", "../")) or path.endswith(FILE_ENDINGS) or (file.parent / path).exists()
     if is_file and "://" not in path:

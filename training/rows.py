@@ -297,7 +297,9 @@ def _value(record: dict[str, Any], key: str, columns: dict[str, str | None], nam
         return next((record[column] for column in COLUMN_NAMES[key] if record.get(column) is not None), None)
     column = columns[key]
     if column is not None and column not in record:
-        raise BadRow(f"{name} must have the column {column!r} for `{key}`; it has {shorten_names(sorted(record))}.")
+        raise BadRow(
+            f"{name} must have the column {shorten(column)} for `{key}`; it has {shorten_names(sorted(record))}."
+        )
     return None if column is None else record[column]
 
 

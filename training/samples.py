@@ -22,7 +22,7 @@ from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
-from ..modeling_mmar.configuration_mmar import IGNORE_INDEX
+from ..modeling_mmar.configuration_mmar import IGNORE_INDEX, shorten
 from ..modeling_mmar.masking_mmar import sample_latent_mask, sample_mask_ratios
 from ..processors.processing_mmar import TASKS, MMARProcessor
 from .latents import LatentCache
@@ -151,9 +151,9 @@ class SampleMaker:
 
     def __post_init__(self):
         if not 0 <= self.mask_ratio_min < 1:
-            raise ValueError(f"`mask_ratio_min` must be in [0, 1); got {self.mask_ratio_min!r}.")
+            raise ValueError(f"`mask_ratio_min` must be in [0, 1); got {shorten(self.mask_ratio_min)}.")
         if not 0 <= self.swap_rate <= 1:
-            raise ValueError(f"`swap_rate` must be in [0, 1]; got {self.swap_rate!r}.")
+            raise ValueError(f"`swap_rate` must be in [0, 1]; got {shorten(self.swap_rate)}.")
 
     def __call__(
         self,
@@ -208,7 +208,7 @@ class SampleMaker:
 
     def _caption(self, row: dict[str, Any], task: str, generator: torch.Generator) -> str | None:
         if _num_pictures(row) != 1:
-            raise BadRow(f"a row for {task!r} must have one picture; got {_num_pictures(row)}.")
+            raise BadRow(f"a row for {shorten(task)} must have one picture; got {_num_pictures(row)}.")
         if task == "uncond":
             return None
         captions = row.get("captions") or ()
@@ -250,8 +250,9 @@ class SampleMaker:
         border = start + len(given_ids)
         if labels[start:border] != given_ids:
             raise BadRow(
-                f"expected the swap {swap!r} to end where a token of the answer {answer!r} ends; with {content!r} in "
-                "its place, what follows is one token with its end. Let it end before a space, or drop it."
+                f"expected the swap {shorten(swap)} to end where a token of the answer {shorten(answer)} ends; with "
+                f"{shorten(content)} in its place, what follows is one token with its end. Let it end before a space, "
+                "or drop it."
             )
         learned = slice(0, border) if learns_content else slice(border, None)
         example["labels"] = [IGNORE_INDEX] * len(labels)

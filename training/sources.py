@@ -174,8 +174,8 @@ def open_stream(
     kind = _kind(path)
     if kind in ("json", "saved"):
         raise ValueError(
-            f"expected parquet files, tar shards, a folder or an id on the Hub to stream; got {path!r}. Its texts fit "
-            "in memory or are mapped: open it by number."
+            f"expected parquet files, tar shards, a folder or an id on the Hub to stream; got {shorten(path)}. Its "
+            "texts fit in memory or are mapped: open it by number."
         )
     if kind == "folder" and (found := _find_captioned(path, split)) is not None:
         shards = [found[start : start + FOLDER_SHARD_SIZE] for start in range(0, len(found), FOLDER_SHARD_SIZE)]
@@ -274,7 +274,7 @@ class IndexedFile:
             raise _vanished(self.path, error) from error
         if (state.st_size, state.st_mtime_ns) != (self.size, self.modified):
             raise ValueError(
-                f"expected {self.path!r} as it was when it was indexed; it has changed since. Start again."
+                f"expected {shorten(self.path)} as it was when it was indexed; it has changed since. Start again."
             )
         return data
 
@@ -529,7 +529,7 @@ def _folder_record(files: list[str], folder: str) -> tuple[dict[str, Any], str]:
     for text in texts:
         extension = os.path.splitext(text)[1][1:].lower()
         if extension in members:
-            raise BadRow(f"{name} must have one text {extension!r}; got several. Keep one.")
+            raise BadRow(f"{name} must have one text {shorten(extension)}; got several. Keep one.")
         with as_bad_row(name), open(os.path.join(folder, text), "rb") as file:
             members[extension] = file.read(MAX_SAMPLE_BYTES)
     return _sample_record(os.path.splitext(picture)[0], members, name), name
@@ -575,12 +575,12 @@ def _tar_bounds(path: str, members: Counter[str] | None = None) -> Generator[int
             rest = tar.fileobj.read(tarfile.BLOCKSIZE)
     except (tarfile.TarError, OSError, RecursionError) as error:
         raise ValueError(
-            f"expected a tar shard, not compressed, at {path!r}; it cannot be read ({error}). Download or pack it "
-            "again."
+            f"expected a tar shard, not compressed, at {shorten(path)}; it cannot be read ({shorten(error)}). "
+            "Download or pack it again."
         ) from error
     if rest not in (b"", tarfile.NUL * tarfile.BLOCKSIZE):
         raise ValueError(
-            f"expected a whole tar shard at {path!r}; it is broken after byte {end}. Download or pack it again."
+            f"expected a whole tar shard at {shorten(path)}; it is broken after byte {end}. Download or pack it again."
         )
     yield end
     return members
@@ -632,7 +632,7 @@ def _tar_record(data: bytes, path: str, place: int) -> tuple[dict[str, Any], str
                 continue
             key, name = own_key, f"sample {own_key!r} of {path}"
             if extension in members:
-                raise BadRow(f"{name} must have one member {extension!r}; got several. Pack it again.")
+                raise BadRow(f"{name} must have one member {shorten(extension)}; got several. Pack it again.")
             num_bytes += member.size
             if num_bytes > MAX_SAMPLE_BYTES:  # of a sparse member the shard holds less
                 raise BadRow(f"{name} must hold at most {MAX_SAMPLE_BYTES} bytes; got {num_bytes}. Pack it again.")
@@ -654,7 +654,7 @@ def _sample_record(key: str, members: dict[str, Any], name: str) -> dict[str, An
                 record[extension] = json.loads(content) if last == "json" else content.decode("utf-8").strip()
             except (ValueError, RecursionError) as error:
                 raise BadRow(
-                    f"{name} must have its {extension!r} as UTF-8 {last}; it is not: {shorten(error)}."
+                    f"{name} must have its {shorten(extension)} as UTF-8 {last}; it is not: {shorten(error)}."
                 ) from error
     if not isinstance(record.get("json", {}), dict):
         raise BadRow(f"{name} must have a JSON object as 'json'; got {type(record['json']).__name__}.")
@@ -682,7 +682,8 @@ def _json_spans(path: str) -> tuple[np.ndarray, np.ndarray]:
                 spans = _line_spans(path)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"expected a JSON list, or one JSON object a line, at {path!r}; it cannot be read ({error}). Repair it."
+            f"expected a JSON list, or one JSON object a line, at {shorten(path)}; it cannot be read "
+            f"({shorten(error)}). Repair it."
         ) from error
     starts, ends = np.array(spans, dtype=np.int64).reshape(-1, 2).T
     return starts, ends
@@ -826,7 +827,7 @@ def _kind(path: str) -> str:
     kinds = {".parquet": "parquet", ".tar": "tar", ".json": "json", ".jsonl": "json"}
     kind = kinds.get(Path(path).suffix, "hub")
     if kind == "hub" and os.path.exists(path):
-        raise ValueError(f"expected a folder, or a file of {', '.join(kinds)}; got {path!r}. Convert it.")
+        raise ValueError(f"expected a folder, or a file of {', '.join(kinds)}; got {shorten(path)}. Convert it.")
     return kind
 
 
@@ -836,9 +837,11 @@ def _expand(path: str) -> list[str]:
     for pattern in _expand_braces(path):
         found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
         if not found:
-            raise ValueError(f"expected a file at {pattern!r}; there is none. Check the path.")
+            raise ValueError(f"expected a file at {shorten(pattern)}; there is none. Check the path.")
         if strange := [file for file in found if not os.path.isfile(file)]:
-            raise ValueError(f"expected files at {pattern!r}; {shorten(strange[0])} is none. Narrow the pattern.")
+            raise ValueError(
+                f"expected files at {shorten(pattern)}; {shorten(strange[0])} is none. Narrow the pattern."
+            )
         files += found
     return files
 
@@ -849,7 +852,7 @@ def _expand_braces(path: str) -> list[str]:
         return [path]
     first, last = found.groups()
     if int(first) > int(last):
-        raise ValueError(f"expected a rising range in {path!r}; got {found.group()}. Turn it round.")
+        raise ValueError(f"expected a rising range in {shorten(path)}; got {found.group()}. Turn it round.")
     numbers = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
     return [file for n in numbers for file in _expand_braces(path[: found.start()] + n + path[found.end() :])]
 
@@ -863,7 +866,8 @@ def _check_parquet(files: Sequence[str], columns: dict[str, str | None], name: s
                 names, num_rows = file.schema_arrow.names, num_rows + file.metadata.num_rows
         except (pa.ArrowException, OSError) as error:
             raise ValueError(
-                f"expected a parquet file at {path!r}; it cannot be read ({error}). Download or write it again."
+                f"expected a parquet file at {shorten(path)}; it cannot be read ({shorten(error)}). Download or write "
+                "it again."
             ) from error
         wanted_columns(names, columns, path)
     if num_rows == 0:
@@ -876,8 +880,9 @@ def _load(builder: str, path: str, split: str, **kwargs: Any) -> Any:
     # Builders raise whatever their readers and the network do.
     except Exception as error:
         raise ValueError(
-            f"expected a data set that `datasets.load_dataset` reads, with the split {split!r}, at {path!r}; it "
-            f"cannot be read ({error.__cause__ or error}). Check path, split, network and HF_DATASETS_CACHE."
+            f"expected a data set that `datasets.load_dataset` reads, with the split {shorten(split)}, at "
+            f"{shorten(path)}; it cannot be read ({error.__cause__ or error}). Check path, split, network and "
+            "HF_DATASETS_CACHE."
         ) from error
 
 
@@ -886,13 +891,15 @@ def _load_saved(path: str, split: str) -> datasets.Dataset:
         loaded = datasets.load_from_disk(path)
     except Exception as error:
         raise ValueError(
-            f"expected a data set that `datasets.save_to_disk` wrote at {path!r}; it cannot be read ({error}). Save "
-            "it again."
+            f"expected a data set that `datasets.save_to_disk` wrote at {shorten(path)}; it cannot be read "
+            f"({shorten(error)}). Save it again."
         ) from error
     if isinstance(loaded, datasets.Dataset):
         return loaded
     if split not in loaded:
-        raise ValueError(f"expected the split {split!r} in {path!r}; got {', '.join(loaded)}. Pass one of them.")
+        raise ValueError(
+            f"expected the split {shorten(split)} in {shorten(path)}; got {', '.join(loaded)}. Pass one of them."
+        )
     return loaded[split]
 
 

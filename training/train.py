@@ -21,6 +21,7 @@ from transformers import set_seed
 
 from ..command import run_command
 from ..conversion.models import open_model, open_processor
+from ..modeling_mmar.configuration_mmar import shorten
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from .checkpoints import best_checkpoint, claimed, last_whole_checkpoint, num_steps
 from .collator import MMARDataCollator
@@ -138,8 +139,8 @@ def check_same_vae(checkpoint: str, model: MMARForConditionalGeneration) -> None
     same = stored.keys() == weights.keys() and all(torch.equal(stored[n], weights[n].cpu()) for n in weights)
     if not same or resumed.config.vae_config != model.config.vae_config:
         raise ValueError(
-            f"expected the VAE of `model` in the checkpoint {checkpoint!r}, since latents are made with it; got "
-            "another one. Set `resume=false`, or train into another `output_dir`."
+            f"expected the VAE of `model` in the checkpoint {shorten(checkpoint)}, since latents are made with it; "
+            "got another one. Set `resume=false`, or train into another `output_dir`."
         )
 
 

@@ -24,6 +24,7 @@ from transformers import get_cosine_schedule_with_warmup
 from ..command import run_command
 from ..conversion.models import open_model, open_processor
 from ..files import check_folder
+from ..modeling_mmar.configuration_mmar import shorten
 from ..modeling_mmar.embedding_vit_mmar import MMARViTLinear
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from ..pipelines.pipeline_mmar import MMARPipeline
@@ -160,13 +161,15 @@ def main() -> None:
     words = known_words(rows)
     if not words:
         raise ValueError(
-            f"expected answers whose `depends_on` is content or style in {args.data!r}; there are none. "
+            f"expected answers whose `depends_on` is content or style in {shorten(args.data)}; there are none. "
             "`python -m mmar.training.emoji_rows` shows how such rows look."
         )
     if held_out is not None:
         held_out_rows, held_out_numbers = usable_rows(held_out, lambda number, row: picture_of(row))
         if not held_out_rows:
-            raise ValueError(f"expected held-out rows with one picture each in {args.eval_data!r}; there are none.")
+            raise ValueError(
+                f"expected held-out rows with one picture each in {shorten(args.eval_data)}; there are none."
+            )
         num_left_out = len(held_out) - len(held_out_rows)
         print(f"{len(held_out_rows)} held-out rows, {num_left_out} without a picture left out", flush=True)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")

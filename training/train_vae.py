@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from ..command import run_command
 from ..conversion.latent_moments import LatentMoments
 from ..files import check_folder
-from ..modeling_mmar.configuration_mmar import MMARConfig
+from ..modeling_mmar.configuration_mmar import MMARConfig, shorten
 from ..modeling_mmar.frozen_parts_mmar import apply_umask
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from .checkpoints import check_weights
@@ -66,7 +66,7 @@ def read_pictures(path: str | Path, size: int) -> tuple[list[dict[str, Any]], Te
         except (TypeError, KeyError, OSError) as error:
             raise ValueError(
                 f"row {index} of {Path(path).name} must hold a picture's file as image {{bytes, path}}; it cannot be "
-                f"read ({error}). Drop the row or mend it."
+                f"read ({shorten(error)}). Drop the row or mend it."
             ) from error
         pictures.append(np.asarray(picture.resize((size, size), Image.Resampling.LANCZOS)))
     rows = table.drop_columns(["image"]).to_pylist()

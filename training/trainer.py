@@ -29,7 +29,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, PredictionOutput, SaveStrategy
 
 from ..conversion.hub_mmar import export_remote_code
-from ..modeling_mmar.configuration_mmar import IGNORE_INDEX
+from ..modeling_mmar.configuration_mmar import IGNORE_INDEX, shorten
 from ..modeling_mmar.frozen_parts_mmar import apply_umask
 from ..modeling_mmar.modeling_mmar import MMARPreTrainedModel
 from ..pipelines.pipeline_mmar import MMARPipeline
@@ -122,31 +122,35 @@ class MMARTrainingArguments(TrainingArguments):
                 f"{', '.join(missing)}. Install it with pip, or set `report_to=none`."
             )
         if not _is_number(self.ema_decay) or not 0 <= self.ema_decay < 1:
-            raise ValueError(f"`ema_decay` must be a number in [0, 1); got {self.ema_decay!r}.")
+            raise ValueError(f"`ema_decay` must be a number in [0, 1); got {shorten(self.ema_decay)}.")
         for name in ("text_loss_weight", "image_loss_weight"):
             weight = getattr(self, name)
             if not _is_number(weight) or not 0 <= weight < float("inf"):
-                raise ValueError(f"`{name}` must be at least 0 and finite; got {weight!r}.")
+                raise ValueError(f"`{name}` must be at least 0 and finite; got {shorten(weight)}.")
         scales = {} if self.learning_rate_scales is None else self.learning_rate_scales
         if not isinstance(scales, dict) or not all(isinstance(name, str) for name in scales):
             raise ValueError(
                 "`learning_rate_scales` must give a number for each beginning of parameters' names, such as "
-                f'{{"diffusion_mlp": 2.0}}; got {scales!r}.'
+                f'{{"diffusion_mlp": 2.0}}; got {shorten(scales)}.'
             )
         for name, scale in scales.items():
             if not _is_number(scale) or not 0 <= scale < float("inf"):
-                raise ValueError(f"`learning_rate_scales` must be numbers of at least 0; got {scale!r} for {name!r}.")
+                raise ValueError(
+                    f"`learning_rate_scales` must be numbers of at least 0; got {shorten(scale)} for {shorten(name)}."
+                )
         phases = self.learning_rate_phases
         numbers = isinstance(phases, list) and all(_is_number(factor) for factor in phases)
         if not numbers or not phases or phases[0] != 1 or not all(0 < factor < float("inf") for factor in phases):
             raise ValueError(
-                "`learning_rate_phases` must be numbers above 0, the first of them 1, such as [1.0, 0.5] for half "
-                f"the learning rate in the second half of the training; got {phases!r}."
+                "`learning_rate_phases` must be numbers above 0, the first of them 1, such as [1.0, 0.5] for half the "
+                f"learning rate in the second half of the training; got {shorten(phases)}."
             )
         if self.shard not in SHARD_CHOICES:
-            raise ValueError(f"`shard` must be one of {', '.join(SHARD_CHOICES)}; got {self.shard!r}.")
+            raise ValueError(f"`shard` must be one of {', '.join(SHARD_CHOICES)}; got {shorten(self.shard)}.")
         if type(self.num_eval_pictures) is not int or self.num_eval_pictures < 0:
-            raise ValueError(f"`num_eval_pictures` must be an integer of at least 0; got {self.num_eval_pictures!r}.")
+            raise ValueError(
+                f"`num_eval_pictures` must be an integer of at least 0; got {shorten(self.num_eval_pictures)}."
+            )
         # The collator reads columns that `forward` does not name.
         self.remove_unused_columns = False
         # A loss of NaN must show, and stops the training.
@@ -400,13 +404,13 @@ class MMARTrainer(Trainer):
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(
-                    f"expected a whole checkpoint in {self.args.output_dir!r} to resume from; there is none. Train "
-                    "without `resume_from_checkpoint`."
+                    f"expected a whole checkpoint in {shorten(self.args.output_dir)} to resume from; there is none. "
+                    "Train without `resume_from_checkpoint`."
                 )
         if resume_from_checkpoint and (wrong := fault(resume_from_checkpoint)) is not None:
             raise ValueError(
-                f"expected a whole checkpoint to resume from at {str(resume_from_checkpoint)!r}; {wrong}. Check the "
-                "path, or resume from another one."
+                f"expected a whole checkpoint to resume from at {shorten(str(resume_from_checkpoint))}; {wrong}. "
+                "Check the path, or resume from another one."
             )
         # The sampler is made before transformers reads the checkpoint's state.
         self._num_done_steps = num_steps(resume_from_checkpoint) if resume_from_checkpoint else 0
@@ -421,8 +425,8 @@ class MMARTrainer(Trainer):
         other = checkpoint / POSITIONS_FILE.format(rank=self.args.world_size)
         if not path.is_file() or other.is_file():
             raise ValueError(
-                f"expected the places in the streams of {self.args.world_size} ranks in {str(checkpoint)!r}; they are "
-                "not there. Resume with as many ranks as before, or start anew with `resume=false`."
+                f"expected the places in the streams of {self.args.world_size} ranks in {shorten(str(checkpoint))}; "
+                "they are not there. Resume with as many ranks as before, or start anew with `resume=false`."
             )
         positions = json.loads(path.read_text(encoding="utf-8"))
         self._last_worker = positions.pop(LAST_WORKER, -1)
@@ -789,8 +793,8 @@ class MMARTrainer(Trainer):
         path = Path(checkpoint) / OPTIMIZER_NAME
         if not path.is_file():
             raise ValueError(
-                f"expected {OPTIMIZER_NAME} in {str(checkpoint)!r} to resume from it; it is not there. A checkpoint "
-                "of `save_only_model=true` can be the `model` of a new training, but not be resumed."
+                f"expected {OPTIMIZER_NAME} in {shorten(str(checkpoint))} to resume from it; it is not there. A "
+                "checkpoint of `save_only_model=true` can be the `model` of a new training, but not be resumed."
             )
         state = torch.load(path, map_location="cpu", weights_only=True)
         load_optimizer_state(self.model, self.optimizer, state)

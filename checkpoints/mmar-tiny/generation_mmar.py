@@ -12,6 +12,7 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
 from torch import Tensor
 from torch.nn import functional as F
 
+from .configuration_mmar import shorten
 from .denoising_mmar import Denoiser
 from .diffusion_mmar import cosine_alphas_cumprod
 from .embedding_vit_mmar import MMARLatentEncoder
@@ -155,7 +156,7 @@ class MMARImageGenerationMixin:
             defaults = self.config.image_generation
             return Preset(defaults["num_ar_steps"] / self.config.num_latents, defaults["num_inference_steps"])
         if not isinstance(name, str) or name not in PRESETS:
-            raise ValueError(f"`preset` must be one of {', '.join(PRESETS)}; got {name!r}.")
+            raise ValueError(f"`preset` must be one of {', '.join(PRESETS)}; got {shorten(name)}.")
         return PRESETS[name]
 
     def num_rounds(self, preset: Preset, num_hidden: int) -> int:
@@ -247,7 +248,7 @@ class MMARImageGenerationMixin:
                 "`model.eval()` first."
             )
         if output_type not in ("pt", "latent"):
-            raise ValueError(f"`output_type` must be 'pt' or 'latent'; got {output_type!r}.")
+            raise ValueError(f"`output_type` must be 'pt' or 'latent'; got {shorten(output_type)}.")
         defaults = self.config.image_generation
         guidance_scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
         chosen = self.image_preset(preset)
@@ -259,11 +260,11 @@ class MMARImageGenerationMixin:
             _check_prompt("negative_", negative_input_ids, negative_attention_mask, vocab_size)
         _check_guidance(guidance_scale, guidance_schedule, guidance_interval)
         if not isinstance(order, str) or order not in ORDERS:
-            raise ValueError(f"`order` must be one of {', '.join(ORDERS)}; got {order!r}.")
+            raise ValueError(f"`order` must be one of {', '.join(ORDERS)}; got {shorten(order)}.")
         if callback is not None and not callable(callback):
-            raise ValueError(f"`callback` must be callable; got {callback!r}.")
+            raise ValueError(f"`callback` must be callable; got {shorten(callback)}.")
         if merge_image_weights is not None and not isinstance(merge_image_weights, bool):
-            raise ValueError(f"`merge_image_weights` must be True, False or None; got {merge_image_weights!r}.")
+            raise ValueError(f"`merge_image_weights` must be True, False or None; got {shorten(merge_image_weights)}.")
         batch, device = len(input_ids), input_ids.device
         num_latents = self.config.num_latents
         self._check_image_arguments(
@@ -439,11 +440,11 @@ class MMARImageGenerationMixin:
         numbers_of_steps = num_inference_steps if is_pair else [num_inference_steps]
         if not all(map(_is_integer, numbers_of_steps)):
             raise ValueError(
-                f"`num_inference_steps` must be an integer; got {num_inference_steps!r}. Two of them, in a tuple, are "
-                "the steps of the first and of the last round."
+                f"`num_inference_steps` must be an integer; got {shorten(num_inference_steps)}. Two of them, in a "
+                "tuple, are the steps of the first and of the last round."
             )
         if num_ar_steps is not None and not _is_integer(num_ar_steps):
-            raise ValueError(f"`num_ar_steps` must be an integer; got {num_ar_steps!r}.")
+            raise ValueError(f"`num_ar_steps` must be an integer; got {shorten(num_ar_steps)}.")
         self._check_scheduler(scheduler)
         if not all(1 <= number <= diffusion.num_train_timesteps for number in numbers_of_steps):
             raise ValueError(
@@ -453,8 +454,8 @@ class MMARImageGenerationMixin:
         spacing = scheduler.config.get("timestep_spacing")
         if min(numbers_of_steps) == 1 and spacing in ("linspace", "leading"):
             raise ValueError(
-                f"`num_inference_steps` must be at least 2 with `timestep_spacing` {spacing!r}, whose only step is"
-                " at the least noise; got 1. Set `timestep_spacing='trailing'` for a single step."
+                f"`num_inference_steps` must be at least 2 with `timestep_spacing` {shorten(spacing)}, whose only "
+                "step is at the least noise; got 1. Set `timestep_spacing='trailing'` for a single step."
             )
         texts = [ids for ids in (input_ids, negative_input_ids) if ids is not None]
         if any(bool((ids == self.config.image_token_id).any()) for ids in texts):
@@ -482,15 +483,15 @@ class MMARImageGenerationMixin:
         if not isinstance(scheduler, SchedulerMixin):
             raise ValueError(
                 "`scheduler` must be a diffusers scheduler, such as "
-                f"`DDIMScheduler.from_config(pipe.scheduler.config)`; got {scheduler!r}."
+                f"`DDIMScheduler.from_config(pipe.scheduler.config)`; got {shorten(scheduler)}."
             )
         # What a scheduler does not take, `from_config` carries along unused.
         taken = inspect.signature(type(scheduler).__init__).parameters
         prediction_type = scheduler.config.get("prediction_type") if "prediction_type" in taken else None
         if prediction_type != diffusion.prediction_type:
             raise ValueError(
-                f"the scheduler must have `prediction_type` {diffusion.prediction_type!r}, which the model predicts; "
-                f"got {prediction_type!r}. Make it with `from_config(pipe.scheduler.config)`."
+                f"the scheduler must have `prediction_type` {shorten(diffusion.prediction_type)}, which the model "
+                f"predicts; got {shorten(prediction_type)}. Make it with `from_config(pipe.scheduler.config)`."
             )
         if "beta_schedule" not in taken or "Inverse" in type(scheduler).__name__:
             raise ValueError(
@@ -508,14 +509,15 @@ class MMARImageGenerationMixin:
         for name, value in expected.items():
             if name in taken and scheduler.config.get(name) != value:
                 raise ValueError(
-                    f"the scheduler must have `{name}` {value!r}, as the model was trained; got "
-                    f"{scheduler.config.get(name)!r}. Make it with `from_config(pipe.scheduler.config)`."
+                    f"the scheduler must have `{name}` {shorten(value)}, as the model was trained; got "
+                    f"{shorten(scheduler.config.get(name))}. Make it with `from_config(pipe.scheduler.config)`."
                 )
         variance_type = scheduler.config.get("variance_type") if "variance_type" in taken else None
         if str(variance_type).startswith("learned"):
             raise ValueError(
                 "the scheduler must have a fixed `variance_type`, since the model predicts no variance; got "
-                f"{variance_type!r}. Make it with `from_config(pipe.scheduler.config, variance_type='fixed_small')`."
+                f"{shorten(variance_type)}. Make it with `from_config(pipe.scheduler.config, "
+                "variance_type='fixed_small')`."
             )
         alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
         if alphas_cumprod is not None:
@@ -576,15 +578,17 @@ def _check_prompt(prefix: str, ids: Any, mask: Any, vocab_size: int) -> None:
 
 def _check_guidance(scale: Any, schedule: Any, interval: Any) -> None:
     if not isinstance(scale, numbers.Real) or isinstance(scale, bool) or not 0 <= scale < math.inf:
-        raise ValueError(f"`guidance_scale` must be a finite number of at least 0; got {scale!r}.")
+        raise ValueError(f"`guidance_scale` must be a finite number of at least 0; got {shorten(scale)}.")
     if schedule not in GUIDANCE_SCHEDULES:
-        raise ValueError(f"`guidance_schedule` must be one of {', '.join(GUIDANCE_SCHEDULES)}; got {schedule!r}.")
+        raise ValueError(
+            f"`guidance_schedule` must be one of {', '.join(GUIDANCE_SCHEDULES)}; got {shorten(schedule)}."
+        )
     is_pair = isinstance(interval, (tuple, list)) and len(interval) == 2
     if not is_pair or not all(isinstance(share, numbers.Real) for share in interval):
-        raise ValueError(f"`guidance_interval` must be two shares of the diffusion steps; got {interval!r}.")
+        raise ValueError(f"`guidance_interval` must be two shares of the diffusion steps; got {shorten(interval)}.")
     if not 0 <= interval[0] < interval[1] <= 1:
         raise ValueError(
-            f"`guidance_interval` must be two different shares in [0, 1], the lesser first; got {interval!r}. "
+            f"`guidance_interval` must be two different shares in [0, 1], the lesser first; got {shorten(interval)}. "
             "`guidance_scale=1` turns guidance off."
         )
 
@@ -596,7 +600,7 @@ def _generator_per_image(
     is_list = isinstance(generator, (list, tuple))
     given = list(generator) if is_list else [generator] * batch
     if wrong := [own for own in given if (own is not None or is_list) and not isinstance(own, torch.Generator)]:
-        raise ValueError(f"`generator` must be a torch.Generator or a list of them; got {wrong[0]!r}.")
+        raise ValueError(f"`generator` must be a torch.Generator or a list of them; got {shorten(wrong[0])}.")
     if len(given) != batch:
         raise ValueError(f"`generator` must hold one generator per picture, {batch}; got {len(given)}.")
     seeded = []

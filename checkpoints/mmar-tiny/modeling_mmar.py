@@ -26,7 +26,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, Model
 from .card_mmar import card_for, count_parameters, make_model_card
 from .hub_mmar import export_remote_code
 from .push_mmar import push_folder
-from .configuration_mmar import IGNORE_INDEX, MMARConfig
+from .configuration_mmar import IGNORE_INDEX, MMARConfig, shorten
 from .diffusion_mmar import (
     TIMESTEP_INITIAL_STD,
     MMARDiffusionLinear,
@@ -452,7 +452,7 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             config = cls.config_class.from_pretrained(path if config is None else config, **place, **download)
         if config is not None and config.frozen_weights == "referenced" and path is not None:
             if kwargs.get("variant"):
-                raise ValueError(f"a model with parts by reference has no variants; got {kwargs['variant']!r}.")
+                raise ValueError(f"a model with parts by reference has no variants; got {shorten(kwargs['variant'])}.")
             kwargs = {name: value for name, value in kwargs.items() if name not in place}
             kwargs["key_mapping"] |= KEY_MAPPING
             with joined_folder(path, config.frozen_parts, **place, **download) as joined, plora_aware_quantizers():
@@ -463,9 +463,9 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
                 model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         if missing := sorted(info["missing_keys"]):
             raise ValueError(
-                f"expected all weights of the model in {str(pretrained_model_name_or_path)!r}; {len(missing)} are "
-                f"missing, among them {', '.join(missing[:3])}. Check that the config belongs to these weights and "
-                "that they were written whole."
+                f"expected all weights of the model in {shorten(str(pretrained_model_name_or_path))}; {len(missing)} "
+                f"are missing, among them {', '.join(missing[:3])}. Check that the config belongs to these weights "
+                "and that they were written whole."
             )
         model._download_arguments = download
         # Loading makes new parameters, which are trainable.
@@ -505,15 +505,15 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         # MMAR has one format; converting "back" would only reorder the weights of a model that was loaded.
         kwargs.setdefault("save_original_format", False)
         if is_main_process and os.path.isfile(save_directory):
-            raise ValueError(f"expected a folder to save to; {str(save_directory)!r} is a file. Name another.")
+            raise ValueError(f"expected a folder to save to; {shorten(str(save_directory))} is a file. Name another.")
         weights = [Path(save_directory) / name for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
         before = [path.stat() if path.is_file() else None for path in weights]
         with self._frozen_as(frozen):
             for part, reference in (self.config.frozen_parts or {}).items():
                 if Path(reference["repo_id"]).resolve() == Path(save_directory).resolve():
                     raise ValueError(
-                        f"expected another folder than {str(save_directory)!r}, which `config.frozen_parts` names as "
-                        f"the {part}: it would be overwritten."
+                        f"expected another folder than {shorten(str(save_directory))}, which `config.frozen_parts` "
+                        f"names as the {part}: it would be overwritten."
                     )
             if self.config.frozen_weights == "referenced":
                 kwargs["state_dict"] = self._trained_state(kwargs.get("state_dict"), is_main_process)
@@ -611,9 +611,9 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             for part, reference in self.config.frozen_parts.items():
                 if is_local_reference(reference):
                     raise ValueError(
-                        f"expected the {part} in a repository that others can read; `config.frozen_parts[{part!r}]` "
-                        f"is the local folder {reference['repo_id']!r}. Upload it and name it, or push with "
-                        "`frozen='include'`."
+                        f"expected the {part} in a repository that others can read; "
+                        f"`config.frozen_parts[{shorten(part)}]` is the local folder {shorten(reference['repo_id'])}. "
+                        "Upload it and name it, or push with `frozen='include'`."
                     )
 
     def gather_sharded_state_dict_for_save(self, *args, **kwargs) -> dict[str, Tensor]:
@@ -628,7 +628,7 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         """Has the config say, while it is written, whether the frozen weights are beside it."""
         ways = {"include": "included", "reference": "referenced"}
         if frozen is not None and (not isinstance(frozen, str) or frozen not in ways):
-            raise ValueError(f"`frozen` must be 'include' or 'reference'; got {frozen!r}.")
+            raise ValueError(f"`frozen` must be 'include' or 'reference'; got {shorten(frozen)}.")
         before, parts = self.config.frozen_weights, self.config.frozen_parts
         frozen_weights = before if frozen is None else ways[frozen]
         if frozen_weights == "referenced" and not self.config.frozen_parts:
@@ -1031,7 +1031,7 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
                 kwargs["negative_input_ids"] = input_ids.new_tensor(null_prompt_ids).repeat(len(input_ids), 1)
             return self.generate_images(*args, **kwargs)
         if generation_mode not in (None, "text"):
-            raise ValueError(f"`generation_mode` must be 'text' or 'image'; got {generation_mode!r}.")
+            raise ValueError(f"`generation_mode` must be 'text' or 'image'; got {shorten(generation_mode)}.")
         given = {name: kwargs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask")}
         given |= {"input_ids": args[0]} if args else {}
         _check_tensors(given, self.config.text_config.vocab_size)
@@ -1238,8 +1238,8 @@ def _check_weights_files(folder: Path, variant: str | None = None) -> None:
         return
     if not (folder / "config.json").is_file():
         raise ValueError(
-            f"expected config.json in {str(folder)!r}; it is missing. Name the folder that `save_pretrained` wrote, "
-            "or copy it whole."
+            f"expected config.json in {shorten(str(folder))}; it is missing. Name the folder that `save_pretrained` "
+            "wrote, or copy it whole."
         )
     if variant is not None:
         # Others may be loaded in its place; transformers says what is missing.
@@ -1253,8 +1253,8 @@ def _check_weights_files(folder: Path, variant: str | None = None) -> None:
         expected = [SAFE_WEIGHTS_NAME]
     if missing := [name for name in expected if not (folder / name).is_file()]:
         raise ValueError(
-            f"expected the weights files {', '.join(expected)} in {str(folder)!r}; {', '.join(missing)} missing. Copy "
-            "the folder whole, or save the model again."
+            f"expected the weights files {', '.join(expected)} in {shorten(str(folder))}; {', '.join(missing)} "
+            "missing. Copy the folder whole, or save the model again."
         )
     for name in expected:
         try:
@@ -1262,8 +1262,8 @@ def _check_weights_files(folder: Path, variant: str | None = None) -> None:
                 pass  # reads the header, and compares it with the file's size
         except SafetensorError as error:
             raise ValueError(
-                f"expected whole safetensors in {str(folder / name)!r}; got a broken or truncated file ({error}). "
-                "Copy or download it again."
+                f"expected whole safetensors in {shorten(str(folder / name))}; got a broken or truncated file "
+                f"({shorten(error)}). Copy or download it again."
             ) from error
 
 

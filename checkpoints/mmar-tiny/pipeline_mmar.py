@@ -3,6 +3,7 @@
 import json
 import numbers
 import os
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +110,8 @@ class MMARPipeline(DiffusionPipeline):
             raise ValueError(f"`model` must be an MMARForConditionalGeneration; got {type(model).__name__}.")
         if not isinstance(scheduler, SchedulerMixin):
             raise ValueError(
-                f"`scheduler` must be a diffusers scheduler, such as `model.default_scheduler()`; got {scheduler!r}."
+                "`scheduler` must be a diffusers scheduler, such as `model.default_scheduler()`; got "
+                f"{type(scheduler).__name__}."
             )
         if not hasattr(processor, "generation_inputs"):
             raise ValueError(f"`processor` must be an MMARProcessor; got {type(processor).__name__}.")
@@ -182,9 +184,9 @@ class MMARPipeline(DiffusionPipeline):
             if not entries:
                 raise ValueError(f"`{name}` must hold at least one prompt; got an empty list.")
         if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise ValueError(f"`callback_on_step_end` must be callable; got {callback_on_step_end!r}.")
+            raise ValueError(f"`callback_on_step_end` must be callable; got {reprlib.repr(callback_on_step_end)}.")
         if guidance_scale is not None and not isinstance(guidance_scale, numbers.Real):
-            raise ValueError(f"`guidance_scale` must be a number or None; got {guidance_scale!r}.")
+            raise ValueError(f"`guidance_scale` must be a number or None; got {reprlib.repr(guidance_scale)}.")
         for name, value in (("latents", latents), ("latent_mask", latent_mask)):
             if value is not None and (not isinstance(value, Tensor) or value.ndim == 0):
                 raise ValueError(f"`{name}` must be a torch tensor with a batch axis; got {type(value).__name__}.")
@@ -202,11 +204,13 @@ class MMARPipeline(DiffusionPipeline):
                 f"{batch * num_images_per_prompt}; got {len(generator)}."
             )
         if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}; got {output_type!r}.")
+            raise ValueError(
+                f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}; got {reprlib.repr(output_type)}."
+            )
         if not isinstance(callback_on_step_end_tensor_inputs, (list, tuple)):
             raise ValueError(
                 "`callback_on_step_end_tensor_inputs` must be a list of names; got "
-                f"{callback_on_step_end_tensor_inputs!r}."
+                f"{reprlib.repr(callback_on_step_end_tensor_inputs)}."
             )
         known = self._callback_tensor_inputs
         if unknown := [name for name in callback_on_step_end_tensor_inputs if name not in known]:
@@ -400,7 +404,8 @@ class MMARPipeline(DiffusionPipeline):
         if not safe_serialization or variant is not None:
             raise ValueError(
                 "MMAR is saved as safetensors and without variants, so that all doors find its weights; got "
-                f"`safe_serialization={safe_serialization}`, `variant={variant!r}`. For half precision call "
+                f"`safe_serialization={safe_serialization}`, `variant={reprlib.repr(variant)}`. For half "
+                "precision call "
                 "`pipe.to(torch.bfloat16)` first."
             )
         folder = Path(save_directory)

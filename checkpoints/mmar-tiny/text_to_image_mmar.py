@@ -1,6 +1,7 @@
 """transformers' "text-to-image" pipeline of MMAR. `MMARPipeline` is the one for diffusers, and can do more."""
 
 import os
+import reprlib
 from typing import Any
 
 from torch import Tensor
@@ -79,7 +80,9 @@ class MMARTextToImagePipeline(Pipeline):
             known = ", ".join(("negative_prompt", "output_type", *GENERATION_ARGUMENTS))
             raise ValueError(f'"text-to-image" knows the arguments {known}; got {", ".join(unknown)}. Drop them.')
         if output_type not in (None, *OUTPUT_TYPES):
-            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}; got {output_type!r}.")
+            raise ValueError(
+                f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}; got {reprlib.repr(output_type)}."
+            )
         if isinstance(kwargs.get("generator"), (list, tuple)):
             raise ValueError(
                 "`generator` must be one `torch.Generator` of the pipeline; got a list. Give it to a call."
