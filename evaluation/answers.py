@@ -255,6 +255,7 @@ class MMARAnswerer:
             pixel_values=torch.cat(pictures) if pictures else None,
             logits_to_keep=num_kept,
             use_cache=False,
+            return_dict=True,
         ).logits
         # (B, num_kept, V), of which the last position predicts what is not there.
         log_probs = logits[:, :-1].float().log_softmax(-1)

@@ -188,6 +188,9 @@ class MMARConfig(PreTrainedConfig):
     """
 
     model_type = "mmar"
+    # Of an evaluation or prediction of transformers' `Trainer`, logits are left: what `compute_metrics` is given.
+    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
+    keys_to_ignore_at_inference += ["text_loss", "image_loss", "token_losses", "timesteps"]
     sub_configs_defaults = {
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2", init_kwargs=QWEN2_0_5B_CONFIG),
         "vit_config": MMARViTConfig,
@@ -221,10 +224,6 @@ class MMARConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """The configuration as a dictionary, with the entries by which transformers finds MMAR's code."""
         output = super().to_dict()
-        for name in self.sub_configs:
-            # Set by loading, and the same as our own: saving again must give the same file.
-            if isinstance(output.get(name), dict):
-                output[name].pop("dtype", None)
         return {**output, "auto_map": dict(AUTO_MAP), "custom_pipelines": deepcopy(CUSTOM_PIPELINES)}
 
     @property

@@ -240,6 +240,7 @@ class PlainContext:
             past_key_values=self.cache,
             use_cache=True,
             image_token_mask=torch.ones(rows, num_latents, dtype=torch.bool, device=embeds.device),
+            return_dict=True,
         ).last_hidden_state
         self.cache.crop(-num_latents)
         return _at(z, positions)

@@ -67,28 +67,29 @@ class MMARCausalLMOutputWithPast(ModelOutput):
     Output of MMAR.
 
     Args:
-        loss (`torch.FloatTensor`, *optional*): Sum of the losses below (Eq. 4 with weights 1 : 1), where any applies.
-        text_loss (`torch.FloatTensor`, *optional*): Cross entropy per labelled token, in nats.
-        image_loss (`torch.FloatTensor`, *optional*): Diffusion loss of the hidden latents (Eq. 8).
+        loss (`torch.FloatTensor`, *optional*): Sum of text loss and image loss (Eq. 4 with weights 1 : 1), where any
+            applies.
         logits (`torch.FloatTensor` of shape `(B, L, vocab_size)`, *optional*): None in training with labels, where
             only labelled positions pass the `lm_head`.
         past_key_values (`Cache`, *optional*): Keys and values of the sequence so far.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*): Of each layer, each `(B, L, D)`.
         attentions (`tuple(torch.FloatTensor)`, *optional*): Of each layer, each `(B, heads, L, L)`.
         image_hidden_states (`torch.FloatTensor` of shape `(I, N, D)`, *optional*): The LLM's output z at image tokens.
+        text_loss (`torch.FloatTensor`, *optional*): Cross entropy per labelled token, in nats.
+        image_loss (`torch.FloatTensor`, *optional*): Diffusion loss of the hidden latents (Eq. 8).
         token_losses (`torch.FloatTensor` of shape `(diffusion_batch_mul, M)`, *optional*): The image loss of each of
             the M hidden latents, in reading order, at each of its timesteps; without gradient.
         timesteps (`torch.LongTensor` of shape `(diffusion_batch_mul, M)`, *optional*): Those timesteps.
     """
 
     loss: Tensor | None = None
-    text_loss: Tensor | None = None
-    image_loss: Tensor | None = None
     logits: Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None
+    text_loss: Tensor | None = None
+    image_loss: Tensor | None = None
     token_losses: Tensor | None = None
     timesteps: Tensor | None = None
 
@@ -134,7 +135,6 @@ class MMARPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = False
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _keep_in_fp32_modules_strict = ["vae"]
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -166,6 +166,16 @@ class MMARPreTrainedModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
+    def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
+        """As transformers', of the language model: the other parts attend in one way, and their configs follow."""
+        if isinstance(attn_implementation, dict):
+            return super().set_attn_implementation(attn_implementation, allow_all_kernels)
+        # Named so, transformers does not look for models of the other configs, of which there are none.
+        named = {"": attn_implementation, "text_config": attn_implementation}
+        super().set_attn_implementation(named, allow_all_kernels)
+        for name in self.config.sub_configs.keys() - named.keys():
+            getattr(self.config, name)._attn_implementation_internal = self.config._attn_implementation
+
 
 class MMARModel(MMARPreTrainedModel):
     """The latent encoder and the language model with PLoRA: everything up to the heads."""
@@ -195,8 +205,9 @@ class MMARModel(MMARPreTrainedModel):
         image_token_mask: Tensor | None = None,
         image_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        return_dict: bool | None = None,
         **kwargs,
-    ) -> BaseModelOutputWithPast:
+    ) -> BaseModelOutputWithPast | tuple:
         r"""
         Args:
             input_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): Tokens; `image_token_id` marks image tokens.
@@ -211,6 +222,8 @@ class MMARModel(MMARPreTrainedModel):
             image_embeds (`torch.FloatTensor` of shape `(I, N, D)`, *optional*): In place of `latent_tokens`, what
                 `latent_encoder` would make of them.
             use_cache (`bool`, *optional*): Return the cache.
+            return_dict (`bool`, *optional*): False returns a tuple of what is not None. Default from
+                `config.return_dict`.
 
         Returns:
             `BaseModelOutputWithPast`
@@ -288,13 +301,15 @@ class MMARModel(MMARPreTrainedModel):
             use_cache=use_cache,
             image_token_mask=image_token_mask,
             num_prefix_tokens=num_prefix,
+            return_dict=True,
             **kwargs,
         )
         if cached is not None and outputs.past_key_values is not None:
             # The next token's position is not the number of cached tokens, once a picture was read.
             position_ids = position_ids.expand(len(inputs_embeds), -1)
             outputs.past_key_values.mmar_position_ids = torch.cat([cached.to(position_ids), position_ids], dim=1)
-        return outputs
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return outputs if return_dict else outputs.to_tuple()
 
     def _check_images(self, image_token_mask: Tensor | None, pictures: Tensor | None) -> None:
         if image_token_mask is None and pictures is None:
@@ -359,6 +374,7 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _keep_in_fp32_modules_strict = ["vae"]
     output_modalities = ("text", "image")
     # Losses are means, so the Trainer scales them for gradient accumulation.
     accepts_loss_kwargs = False
@@ -375,6 +391,9 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         self.add_image_head()
         # Last, since the first parameter's dtype is the model's. Its own config holds the latent scale.
         self.vae = self.vae_class(**config.vae_config)
+        if config.tie_word_embeddings:
+            # A Trainer that resumes does not miss what was not saved on purpose.
+            self._keys_to_ignore_on_save = list(self._tied_weights_keys)
         self.post_init()
         self.freeze()
 
@@ -869,7 +888,8 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
                 noise; one for each picture makes them independent of the batch.
             loss_weights (`tuple` of two, *optional*, defaults to `(1.0, 1.0)`): Of the text loss and the image loss
                 (Eq. 4); the losses themselves are returned without them.
-            return_dict (`bool`, *optional*): False returns a tuple.
+            return_dict (`bool`, *optional*): False returns a tuple of what is not None, loss and logits first. Default
+                from `config.return_dict`.
 
         Returns:
             `MMARCausalLMOutputWithPast`
@@ -926,6 +946,7 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             image_embeds=image_embeds,
             image_token_mask=image_token_mask,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -951,17 +972,18 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             losses.append(self._unused_heads(hidden_states, text_loss, image_loss, targets))
         result = MMARCausalLMOutputWithPast(
             loss=sum(losses) if losses else None,
-            text_loss=text_loss,
-            image_loss=image_loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=z,
+            text_loss=text_loss,
+            image_loss=image_loss,
             token_losses=token_losses,
             timesteps=timesteps,
         )
-        return result.to_tuple() if return_dict is False else result
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return result if return_dict else result.to_tuple()
 
     def text_head(
         self, hidden_states: Tensor, labels: Tensor | None, logits_to_keep: int | Tensor = 0

@@ -468,7 +468,7 @@ class MMARTrainer(Trainer):
                 weights = tuple(weight * share for weight, share in zip(weights, shares, strict=True))
         else:
             inputs["logits_to_keep"] = 1
-        outputs = model(**inputs, loss_weights=weights)
+        outputs = model(**inputs, loss_weights=weights, return_dict=True)
         sums = self._sums if model.training else self._eval_sums
         sums.add(outputs, inputs, picture_tasks)
         return (outputs.loss, outputs) if return_outputs else outputs.loss

@@ -24,8 +24,9 @@ IMAGE_TOKEN = "<|image|>"
 IMAGE_TOKEN_ALIAS = "<image>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 TASKS = ("t2i", "i2t", "uncond")
-# How a tokenizer was loaded; transformers would write it into tokenizer_config.json.
-LOADING_KWARGS = ("is_local", "local_files_only")
+# How a tokenizer was loaded; transformers would write it into tokenizer_config.json. The last are the named tokens, which
+# stand there by their names.
+LOADING_KWARGS = ("is_local", "local_files_only", "model_specific_special_tokens")
 
 # Where and how to download; other arguments that are not the image processor's are the tokenizer's.
 DOWNLOAD_NAMES = {
@@ -155,6 +156,10 @@ class MMARProcessor(ProcessorMixin):
                 )
         if image_token not in tokenizer.get_added_vocab():
             tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)], special_tokens=True)
+        # By the name that other processors and tools ask for; it is saved with the tokenizer.
+        if "image_token" not in tokenizer.SPECIAL_TOKENS_ATTRIBUTES:
+            tokenizer.SPECIAL_TOKENS_ATTRIBUTES = [*tokenizer.SPECIAL_TOKENS_ATTRIBUTES, "image_token"]
+        tokenizer.image_token = image_token
         tokenizer.padding_side = "left"
         tokenizer.init_kwargs["padding_side"] = "left"  # saved, for those who open the tokenizer alone
         tokenizer.chat_template = chat_template
