@@ -24,8 +24,8 @@ IMAGE_TOKEN = "<|image|>"
 IMAGE_TOKEN_ALIAS = "<image>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 TASKS = ("t2i", "i2t", "uncond")
-# How a tokenizer was loaded; transformers would write it into tokenizer_config.json. The last are the named tokens, which
-# stand there by their names.
+# How a tokenizer was loaded; transformers would write it into tokenizer_config.json. The last holds the named tokens,
+# which stand there by their names.
 LOADING_KWARGS = ("is_local", "local_files_only", "model_specific_special_tokens")
 
 # Where and how to download; other arguments that are not the image processor's are the tokenizer's.
