@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..modeling_mmar.configuration_mmar import shorten
+from ..modeling_mmar.configuration_mmar import shorten, shorten_names
 
 
 PAPER = "arxiv:2410.10798"
@@ -111,7 +111,7 @@ class MMARCardFacts:
             raise ValueError(f"expected the facts of a card as names and values; got {type(values).__name__}.")
         names = [entry.name for entry in fields(cls)]
         if unknown := sorted(str(name) for name in values.keys() - set(names)):
-            raise ValueError(f"the facts of a card may hold {', '.join(names)}; got {', '.join(unknown)}.")
+            raise ValueError(f"the facts of a card may hold {', '.join(names)}; got {shorten_names(unknown)}.")
         for name, value in values.items():
             is_list = name in ("language", "datasets", "base_model")
             entries = value if is_list and isinstance(value, list) else [value]

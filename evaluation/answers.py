@@ -11,7 +11,7 @@ from transformers import AutoModel, GenerationConfig, PreTrainedModel
 from transformers.feature_extraction_utils import BatchFeature
 
 from ..conversion.models import default_device, default_dtype
-from ..modeling_mmar.configuration_mmar import shorten
+from ..modeling_mmar.configuration_mmar import shorten, shorten_names
 from ..pipelines.pipeline_mmar import MMARPipeline
 from ..processors.processing_mmar import MMARProcessor
 
@@ -39,7 +39,7 @@ def generation_options(options: dict[str, Any]) -> dict[str, Any]:
     if unknown := sorted(set(options) - set(vars(GenerationConfig()))):
         raise ValueError(
             f"expected arguments of transformers' `GenerationConfig`, such as `max_new_tokens`; got "
-            f"{', '.join(unknown)}. Drop or rename them."
+            f"{shorten_names(unknown)}. Drop or rename them."
         )
     options = {name: value for name, value in options.items() if value is not None}
     if (number := options.get("num_return_sequences", 1)) != 1:

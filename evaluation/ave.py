@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..command import run_command
-from ..modeling_mmar.configuration_mmar import shorten
+from ..modeling_mmar.configuration_mmar import shorten, shorten_names
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,9 @@ def ave18(scores: dict[str, float]) -> float:
             "or add their scores."
         )
     if unknown := sorted(set(scores) - set(ROWS)):
-        raise ValueError(f"AVE@18 has the rows {', '.join(ROWS)}; got {', '.join(unknown)} too. Drop or rename them.")
+        raise ValueError(
+            f"AVE@18 has the rows {', '.join(ROWS)}; got {shorten_names(unknown)} too. Drop or rename them."
+        )
     for name, score in scores.items():
         is_number = isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
         if not is_number or not 0 <= score <= ROWS[name].maximum:

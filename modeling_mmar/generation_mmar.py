@@ -12,7 +12,7 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
 from torch import Tensor
 from torch.nn import functional as F
 
-from .configuration_mmar import shorten
+from .configuration_mmar import shorten, shorten_names
 from .denoising_mmar import Denoiser
 from .diffusion_mmar import cosine_alphas_cumprod
 from .embedding_vit_mmar import MMARLatentEncoder
@@ -622,7 +622,7 @@ def _checked_changes(changed: Any, partial: Tensor) -> dict[str, Any]:
         )
     if unknown := sorted(changed.keys() - {"latents", "latent_mask", "guidance_scale", "interrupt"}):
         raise ValueError(
-            f"the callback may return `latents`, `guidance_scale` and `interrupt`; got {', '.join(map(str, unknown))}."
+            f"the callback may return `latents`, `guidance_scale` and `interrupt`; got {shorten_names(unknown)}."
         )
     latents = changed.get("latents", partial)
     if not isinstance(latents, Tensor) or latents.shape != partial.shape:

@@ -26,7 +26,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, Model
 from ..conversion.card_mmar import card_for, count_parameters, make_model_card
 from ..conversion.hub_mmar import export_remote_code
 from ..conversion.push_mmar import push_folder
-from .configuration_mmar import IGNORE_INDEX, MMARConfig, shorten
+from .configuration_mmar import IGNORE_INDEX, MMARConfig, shorten, shorten_names
 from .diffusion_mmar import (
     TIMESTEP_INITIAL_STD,
     MMARDiffusionLinear,
@@ -483,7 +483,8 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         if missing := sorted(info["missing_keys"]):
             raise ValueError(
                 f"expected all weights of the model in {shorten(str(pretrained_model_name_or_path))}; {len(missing)} "
-                f"are missing, among them {', '.join(missing[:3])}. Check that the config belongs to these weights "
+                f"are missing, among them {shorten_names(missing[:3])}. Check that the config belongs to these "
+                f"weights "
                 "and that they were written whole."
             )
         model._download_arguments = download

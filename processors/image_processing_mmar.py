@@ -555,7 +555,8 @@ class MMARImageProcessor(BaseImageProcessor):
         size = dict(get_size_dict(size))
         if set(size) != {"height", "width"} or min(size.values()) < 1:
             raise ValueError(
-                f'`size` must be {{"height": int, "width": int}} with values of at least 1, or one int; got {size}.'
+                f'`size` must be {{"height": int, "width": int}} with values of at least 1, or one int; got '
+                f"{shorten(size)}."
             )
         return size
 

@@ -174,7 +174,7 @@ def parse(arguments: list[str]) -> tuple[DataArguments, MMARTrainingArguments]:
             value is not of its field's type or range, or two values contradict each other.
     """
     if not arguments or not Path(arguments[0]).is_file():
-        raise ValueError(f"expected a recipe (a YAML file) as first argument; got {arguments[:1]}.")
+        raise ValueError(f"expected a recipe (a YAML file) as first argument; got {shorten(arguments[:1])}.")
     values = read_recipe(arguments[0])
     for argument in arguments[1:]:
         key, found, value = argument.partition("=")
@@ -227,8 +227,9 @@ def refuse_unknown(keys: Iterable[Hashable], known: Iterable[str], what: str, al
     known = list(known)
     if not (unknown := [str(key) for key in keys if key not in known]):
         return
-    near = {key: difflib.get_close_matches(key.lstrip("-"), known, n=3) for key in unknown}
-    hints = [f"{key!r} (near: {', '.join(names)})" if names else repr(key) for key, names in near.items()]
+    # Ten of them, and the beginnings of long ones, show what is wrong.
+    near = {key: difflib.get_close_matches(key[:100].lstrip("-"), known, n=3) for key in unknown[:10]}
+    hints = [shorten(key) + (f" (near: {', '.join(names)})" if names else "") for key, names in near.items()]
     raise ValueError(
         f"{what} may hold {allowed or ', '.join(known)}; got {', '.join(hints)}. Correct or drop the key."
     )

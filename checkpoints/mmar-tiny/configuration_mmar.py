@@ -280,7 +280,8 @@ class MMARConfig(PreTrainedConfig):
             )
         if unknown := self.image_generation.keys() - PAPER_IMAGE_GENERATION.keys():
             raise ValueError(
-                f"`image_generation` may hold {', '.join(PAPER_IMAGE_GENERATION)}; got {', '.join(sorted(unknown))}."
+                f"`image_generation` may hold {', '.join(PAPER_IMAGE_GENERATION)}; got "
+                f"{shorten_names(sorted(unknown))}."
             )
         for name in ("num_ar_steps", "num_inference_steps"):
             value = self.image_generation[name]
@@ -365,6 +366,10 @@ class _ShortRepr(reprlib.Repr):
             return "{...}" if value else "{}"
         entries = [f"{self.repr1(key, level - 1)}: {self.repr1(value[key], level - 1)}" for key in self._first(value)]
         return "{" + ", ".join(entries + ["..."] * (len(value) > self.maxdict)) + "}"
+
+    def repr_int(self, value: int, level: int) -> str:
+        # Python refuses to write longer ones.
+        return repr(value) if value.bit_length() < 4 * self.maxlong else f"an integer of {value.bit_length()} bits"
 
     def repr_bytes(self, value: bytes, level: int) -> str:
         return repr(value) if len(value) <= self.maxstring else f"{len(value)} bytes"

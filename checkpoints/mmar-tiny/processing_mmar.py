@@ -291,7 +291,7 @@ class MMARProcessor(ProcessorMixin):
             if sum(num_marks) != total:
                 raise ValueError(
                     f"Texts must have as many image marks ({self.image_token} or {IMAGE_TOKEN_ALIAS}) as there are "
-                    f"pictures; got {sum(num_marks)} marks ({num_marks} by row) for {total} pictures. "
+                    f"pictures; got {sum(num_marks)} marks ({shorten(num_marks)} by row) for {total} pictures. "
                     "Pass one list of pictures per text to see which row is wrong."
                 )
             num_images = num_marks

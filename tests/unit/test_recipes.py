@@ -472,3 +472,17 @@ def test_deepspeed_takes_batches_and_clipping_from_the_recipe(stage, monkeypatch
     assert config["bf16"] == {"enabled": True}
     assert config["zero_optimization"]["offload_param"]["device"] == "none"
     assert plugin.zero3_save_16bit_model is (stage == 3) and plugin.zero3_init_flag is False
+
+
+def test_long_values_and_keys_are_shortened(tmp_path):
+    long = "k" * 10**5
+    for line in (f"{long}: 1", f"learning_rate: {long}", f"task_weights: [{long}]", f"frozen_dtype: {long}", long):
+        (tmp_path / "recipe.yaml").write_text(line)
+        with pytest.raises(ValueError) as info:
+            parse([str(tmp_path / "recipe.yaml"), "model=m", "data=d", "output_dir=o", "use_cpu=true"])
+        assert len(str(info.value)) < 10_000, line[:30]
+    for entry in (f"{long}: 1", f"path: {{{long}: 1}}", f"path: a\n  columns: {long}", f"path: a\n  weight: {long}"):
+        (tmp_path / "mix.yaml").write_text(f"- {entry}")
+        with pytest.raises(ValueError) as info:
+            read_sources(str(tmp_path / "mix.yaml"))
+        assert len(str(info.value)) < 2000, entry[:30]
