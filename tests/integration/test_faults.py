@@ -122,6 +122,7 @@ def cut(path):
     [
         (lambda folder: cut(folder / "model.safetensors"), "model.safetensors has .* bytes in place of"),
         (lambda folder: (folder / "optimizer.pt").unlink(), "optimizer.pt is missing"),
+        (lambda folder: (folder / "optimizer.pt").open("ab").write(b"more"), "optimizer.pt has .* bytes in place of"),
         (lambda folder: (folder / "ema.safetensors").unlink(), "ema.safetensors is missing"),
         (lambda folder: cut(folder / "trainer_state.json"), "trainer_state.json cannot be read"),
         (lambda folder: (folder / MANIFEST_FILE).write_text("{"), "manifest.json cannot be read"),

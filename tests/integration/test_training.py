@@ -122,6 +122,19 @@ def test_ema_is_the_moving_average():
     assert torch.equal(linear.weight, start + 1.0)
 
 
+def test_the_average_reaches_its_decay_after_89990_updates():
+    model = torch.nn.Linear(1, 1, bias=False).double()
+    ema = EMA(model, 0.9999)
+    for updates, decay in ((1, 2 / 11), (89_989, 89_990 / 89_999), (89_990, 0.9999), (200_000, 0.9999)):
+        ema.num_updates = updates - 1
+        with torch.no_grad():
+            ema.shadow["weight"].zero_()
+            model.weight.fill_(1.0)
+        ema.update(model)
+        # Float32 tells the last two decays apart, which are a hundred thousandth of 1 - decay from each other.
+        assert float(ema.shadow["weight"]) == pytest.approx(1 - decay, rel=2e-6)
+
+
 def test_saved_model_holds_the_ema_within_the_context(tmp_path, processor):
     trainer = make_trainer(tmp_path, processor)
     trainer.train()

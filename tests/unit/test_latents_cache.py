@@ -368,6 +368,18 @@ def test_check_tells_other_models_and_other_data(tmp_path, model, processor):
     rows[9] = {**rows[9], "image": make_picture(3)}
     with pytest.raises(ValueError, match="expected latents of the 10 rows of 'rows'"):
         cache.check(model, rows)
+    # Of the same VAE, on larger images.
+    larger = tiny_model()
+    larger.vae = model.vae
+    larger.config.image_size *= 2
+    with pytest.raises(ValueError, match=r"expected latents of shape \[4, 8, 8\], the model's"):
+        cache.check(larger, rows)
+
+
+def test_a_row_does_not_carry_its_shard_along(tmp_path, model, processor):
+    encode(make_rows(6), model, processor, tmp_path)
+    for value in LatentCache(tmp_path)[1].values():
+        assert value.untyped_storage().nbytes() == value.nbytes
 
 
 def test_the_vae_fingerprint_holds_weights_and_scale_and_nothing_else(tmp_path, model):
@@ -386,6 +398,12 @@ def test_the_vae_fingerprint_holds_weights_and_scale_and_nothing_else(tmp_path, 
     scaled = MMARForConditionalGeneration.from_pretrained(tmp_path)
     scaled.vae.register_to_config(scaling_factor=1.25)
     assert vae_sha256(scaled) != expected
+
+
+def test_images_of_the_same_bytes_in_another_shape_have_another_fingerprint():
+    shapes = [("L", (4, 2)), ("L", (2, 4)), ("P", (4, 2))]
+    fingerprints = {pictures_sha256([{"image": Image.new(mode, size)}]) for mode, size in shapes}
+    assert len(fingerprints) == 3
 
 
 def test_the_pictures_fingerprint_is_of_the_content(tmp_path):

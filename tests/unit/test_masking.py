@@ -57,6 +57,10 @@ def test_cached_position_ids():
     assert cached_position_ids(cache, 1).tolist() == [[0, 1, 1, 2, 3, 4]]
     cache.crop(-4)
     assert cached_position_ids(cache, 1).tolist() == [[0, 1]]
+    # Behind padding on the right, which has position 0, the text goes on after its last position.
+    padded = cache_of(5)
+    padded.mmar_position_ids = torch.tensor([[0, 1, 2, 0]])
+    assert cached_position_ids(padded, 1).tolist() == [[0, 1, 2, 0, 3]]
     with pytest.raises(ValueError, match="positions of 1 rows; got 3"):
         cached_position_ids(cache, 3)
 
@@ -103,6 +107,7 @@ def test_latent_mask_hides_the_ratio_and_at_least_one(minimum):
 
 def test_one_latent_is_always_hidden():
     assert sample_latent_mask(50, 1, 0.0).all()
+    assert sample_latent_mask(3, 16, 0.0, mask_ratios=torch.zeros(3)).sum(-1).tolist() == [1, 1, 1]
 
 
 def test_orders_are_fresh_reproducible_permutations():

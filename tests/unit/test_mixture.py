@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from mmar.training.mixture import BLOCK, Mixture, Proportions, permuted
+from mmar.training.mixture import BLOCK, ROW_ORDER, Mixture, Proportions, permuted
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 64, 1000, 4097])
@@ -73,6 +73,21 @@ def test_each_pass_has_an_order_of_its_own():
     first, second = ({row for _, row, _ in map(mixture, range(start, start + BLOCK))} for start in (0, 2 * BLOCK))
     # Half of the rows agree on average, with a std of 11.
     assert 400 < len(first & second) < 600
+
+
+def test_sources_of_like_task_weights_have_tasks_of_their_own():
+    seed, tasks = 5, [{}, {}]
+    mixture = Mixture([BLOCK, BLOCK], [1, 1], [[1, 1], [1, 1]], seed)
+    for number in range(2 * BLOCK):
+        source, row, task = mixture(number)
+        tasks[source][row] = task
+    # In the order in which each source's rows come.
+    first, second = (
+        [own[permuted(turn, BLOCK, seed, ROW_ORDER, source, 0)] for turn in range(BLOCK)]
+        for source, own in enumerate(tasks)
+    )
+    # Half of 1000 agree on average, with a std of 16.
+    assert 400 < sum(a == b for a, b in zip(first, second, strict=True)) < 600
 
 
 def test_samples_depend_on_seed_and_number_alone():

@@ -294,6 +294,14 @@ def test_one_mask_ratio_for_a_group(processor):
     assert len(masks) > 1 or hidden[0] == NUM_LATENTS
 
 
+@pytest.mark.parametrize("mask_ratio_group", [1, 2])
+def test_mask_ratios_are_above_their_bound(processor, mask_ratio_group):
+    samples = make_samples(processor, 60, task_weights=(1, 0, 1), mask_ratio_group=mask_ratio_group)
+    samples.maker.mask_ratio_min = 0.9
+    hidden = {int(samples[number]["latent_mask"].sum()) for number in range(60)}
+    assert hidden == {15, 16}  # of 16
+
+
 def test_bad_rows_are_replaced_and_told(processor):
     rows = make_rows()
     rows[1]["image"] = b"broken"
@@ -449,6 +457,10 @@ def test_collated_batches(processor, maker):
     more = MMARDataCollator(processor, NUM_LATENTS, for_trainer=True)(samples)
     assert more["picture_tasks"].tolist() == [0, 1, 2, 1]
     assert more["seeds"].tolist() == [sample["seeds"][0] for sample in samples]
+    # A worker stands behind the last sample of its batch.
+    placed = [{**sample, "position": (0, {"num_samples": number})} for number, sample in enumerate(samples, start=1)]
+    collator = MMARDataCollator(processor, NUM_LATENTS, for_trainer=True)
+    assert collator(placed)["position"] == (0, {"num_samples": 4})
 
 
 def test_rows_become_samples_of_random_tasks(processor):
@@ -517,6 +529,14 @@ def test_streams_give_each_row_once_a_pass(processor, num_shards, world_size, nu
     assert len(one_pass) == len(set(one_pass)) and set(one_pass) <= set(range(24))
     if num_workers == 0:
         assert len(one_pass) >= 24 - 2 * world_size
+
+
+def test_ranks_and_workers_of_a_stream_have_random_numbers_of_their_own(processor):
+    seeds = []
+    for rank in range(2):
+        loader = DataLoader(streamed(processor, 4, rank, 2), 1, num_workers=2, collate_fn=lambda samples: samples[0])
+        seeds += [seed for sample in islice(loader, 8) for seed in sample["seeds"]]
+    assert len(set(seeds)) == len(seeds) == 16
 
 
 def test_streams_go_on_where_they_stood(processor):
