@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import math
 import numbers
 import os
@@ -367,10 +368,21 @@ def _over_white(image: Image.Image) -> np.ndarray:
     return np.asarray(Image.alpha_composite(white, image).convert("RGB"))
 
 
+def _num_entries(images: Any) -> int:
+    """How many there are in (nested) lists."""
+    return sum(map(_num_entries, images)) if isinstance(images, (list, tuple)) else 1
+
+
 def _pil_to_rgb_array(image: Image.Image) -> np.ndarray:
-    """Any PIL mode to `(H, W, 3)`, uint8, or float32 in [0, 1] for mode F."""
+    """
+    Any PIL mode to `(H, W, 3)`, uint8, or float32 in [0, 1] for mode F. Values of mode I up to 255 and of mode F up to
+    255 but beyond 1 are levels of 8 bits, as `Image.convert` makes and reads them.
+    """
     if image.mode == "F":
-        return _array_to_rgb_array(np.asarray(image), channels_first=False)
+        values = np.asarray(image)
+        if values.min() >= 0 and 1 + FLOAT_RANGE_TOLERANCE < values.max() <= 255:
+            values = values / np.float32(255)
+        return _array_to_rgb_array(values, channels_first=False)
     if image.mode == "I" or image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > np.iinfo(np.uint16).max:
@@ -378,7 +390,11 @@ def _pil_to_rgb_array(image: Image.Image) -> np.ndarray:
                 f"A picture of PIL mode {shorten(image.mode)} must hold 16-bit values in [0, 65535]; got values in "
                 f"[{values.min()}, {values.max()}]. Scale it first."
             )
-        return _array_to_rgb_array(values.astype(np.uint16), channels_first=False)
+        is_byte = image.mode == "I" and values.max() <= np.iinfo(np.uint8).max
+        array = _array_to_rgb_array(values.astype(np.uint8 if is_byte else np.uint16), channels_first=False)
+        # PIL composites no image of these modes; the value that is transparent is one of them.
+        array[values == image.info.get("transparency", -1)] = 255
+        return array
     if image.has_transparency_data:
         return _over_white(image)
     return np.asarray(image.convert("RGB"))
@@ -432,10 +448,11 @@ class MMARImageProcessor(BaseImageProcessor):
 
     Accepted, one or in (nested) lists: PIL images of every mode; numpy arrays and torch tensors `(H, W)`, `(H, W, C)`,
     `(C, H, W)` or a batch of them with C in 1, 3, 4; file contents as `bytes`; file objects; `{"bytes", "path"}`;
-    base64; data URIs; paths; `file://` URIs; http(s) URLs (see `read_image`). Integers are in [0, 255] (uint16:
-    [0, 65535], divided by 257), floats in [0, 1]. Where both the first and the last axis could be channels, numpy is
-    read as `(H, W, C)` and torch as `(C, H, W)`, unless `input_data_format` is given. Transparency is composited over
-    white; EXIF rotation is applied.
+    base64; data URIs; paths; `file://` URIs; http(s) URLs (see `read_image`). Integers are in [0, 255] (uint16 and
+    PIL's 16-bit modes: [0, 65535], divided by 257; PIL's mode I: either, by its largest value), floats in [0, 1]
+    (PIL's mode F: [0, 255] too). Where both the first and the last axis could be channels, numpy is read as
+    `(H, W, C)` and torch as `(C, H, W)`, unless `input_data_format` is given. Transparency is composited over white;
+    EXIF rotation is applied.
 
     Geometry, any aspect ratio: with `do_resize` and `do_center_crop` (the default) the picture is scaled, aspect ratio
     kept, until it just covers `size`, and what hangs over on the longer side is cut off equally at both ends. With
@@ -578,17 +595,22 @@ class MMARImageProcessor(BaseImageProcessor):
         Raises:
             ValueError: If an image cannot be read; see `read_image`.
         """
-        if isinstance(images, (list, tuple)):
-            fetched = []
-            for index, image in enumerate(images):
-                try:
-                    fetched.append(self.fetch_images(image, places))
-                except ValueError as error:
-                    raise ValueError(f"Picture {index} of {len(images)}: {shorten(error)}") from error
-            return fetched
-        if images is None or isinstance(images, (Image.Image, np.ndarray, torch.Tensor)):
-            return images
-        return read_image(images, places)
+        numbers, total = itertools.count(), _num_entries(images)
+
+        def fetch(entry: Any) -> Any:
+            if isinstance(entry, (list, tuple)):
+                return [fetch(own) for own in entry]
+            number = next(numbers)
+            if entry is None or isinstance(entry, (Image.Image, np.ndarray, torch.Tensor)):
+                return entry
+            try:
+                return read_image(entry, places)
+            except ValueError as error:
+                if entry is images:
+                    raise
+                raise ValueError(f"Picture {number} of {total}: {shorten(error)}") from error
+
+        return fetch(images)
 
     def flatten_images(self, images: Any) -> list[Any]:
         r"""

@@ -160,6 +160,8 @@ class MMARProcessor(ProcessorMixin):
         if "image_token" not in tokenizer.SPECIAL_TOKENS_ATTRIBUTES:
             tokenizer.SPECIAL_TOKENS_ATTRIBUTES = [*tokenizer.SPECIAL_TOKENS_ATTRIBUTES, "image_token"]
         tokenizer.image_token = image_token
+        # A text that is too long is refused here, and an image takes one position; transformers would warn by tokens.
+        tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         tokenizer.padding_side = "left"
         tokenizer.init_kwargs["padding_side"] = "left"  # saved, for those who open the tokenizer alone
         tokenizer.chat_template = chat_template

@@ -178,6 +178,34 @@ def test_another_attention_without_warnings(part, log):
     assert not log
 
 
+def test_what_is_wrong_is_said_once(log):
+    """Neither an image's place twice, nor transformers' warning before the error of a long text."""
+    processor = MMARProcessor.from_pretrained(CHECKPOINT)
+    chat = [{"role": "user", "content": [{"type": "image", "url": "missing.png"}, {"type": "text", "text": "What?"}]}]
+    calls = (
+        lambda: processor(images=[["missing.png"]], text=["<image>"]),
+        lambda: processor.image_processor([["missing.png"]]),
+        lambda: processor.image_processor.fetch_images([["missing.png"]]),
+        lambda: processor.apply_chat_template([chat], tokenize=True, return_dict=True),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match="missing.png") as error:
+            call()
+        assert str(error.value).count("Picture 0 of") == str(error.value).count("missing.png") == 1
+    with pytest.raises(ValueError, match="Picture 2 of 3: "):
+        processor.image_processor.fetch_images([[np.zeros((8, 8))], [np.zeros((8, 8)), "missing.png"]])
+    long = "crab " * 600
+    with pytest.raises(ValueError, match="Text 0 .*512"):
+        processor(text=long)
+    with pytest.raises(ValueError, match="512"):
+        processor.generation_inputs([long])
+    with pytest.raises(ValueError, match="512"):
+        processor.training_example("t2i", long)
+    # Not even where nothing is wrong: 40 images are 640 tokens, and 40 positions.
+    processor(images=[np.zeros((64, 64, 3), np.uint8)] * 40, text="<image>" * 40)
+    assert not log
+
+
 def test_the_tokenizer_names_the_image_token(tmp_path):
     """With the processor and without, and again after it was saved."""
     tokenizers = [AutoTokenizer.from_pretrained(CHECKPOINT), AutoProcessor.from_pretrained(CHECKPOINT).tokenizer]

@@ -149,6 +149,19 @@ def test_url(processor, picture):
         (Image.fromarray(np.full((64, 64), 65535, np.uint16)), (255, 255, 255)),
         (Image.fromarray(np.full((64, 64), 257 * 80, np.uint16)), (80, 80, 80)),
         (Image.fromarray(np.full((64, 64), 257 * 80, np.int32)), (80, 80, 80)),
+        # As `convert` makes them of 8 bits, and reads them.
+        (Image.new("L", (64, 64), 200).convert("I"), (200, 200, 200)),
+        (Image.new("RGB", (64, 64), (200, 200, 200)).convert("F"), (200, 200, 200)),
+        (Image.fromarray(np.full((64, 64), 0.8, np.float32)), (204, 204, 204)),
+        (Image.fromarray(np.full((64, 64), 257 * 80, ">u2")), (80, 80, 80)),
+        # An image is as dark as it is: these are 16 bits for sure.
+        (Image.fromarray(np.full((64, 64), 200, np.uint16)), (1, 1, 1)),
+        (Image.new("YCbCr", (64, 64), (76, 85, 255)), (254, 0, 0)),
+        (Image.new("HSV", (64, 64), (0, 255, 255)), RED),
+        (Image.new("RGBX", (64, 64), RED), RED),
+        (Image.new("RGBa", (64, 64), (128, 0, 0, 128)), (255, 127, 127)),
+        (Image.new("La", (64, 64), (0, 0)), (255, 255, 255)),
+        (Image.new("P", (64, 64), 0).convert("PA"), (0, 0, 0)),
         (np.full((64, 64, 3), 257 * 80, np.uint16), (80, 80, 80)),
         (np.full((64, 64), 77, np.uint8), (77, 77, 77)),
         (np.full((64, 64, 1), 77, np.uint8), (77, 77, 77)),
@@ -169,10 +182,13 @@ def test_transparency_in_files(processor, tmp_path):
     palette.save(tmp_path / "opaque.png")
     palette.save(tmp_path / "transparent.png", transparency=1)
     palette.save(tmp_path / "transparent.gif", transparency=1)
+    Image.fromarray(np.full((64, 64), 257 * 80, np.uint16)).save(tmp_path / "deep_key.png", transparency=257 * 80)
+    Image.new("L", (64, 64), 80).save(tmp_path / "grey_key.png", transparency=80)
+    Image.new("1", (64, 64), 0).save(tmp_path / "bit_key.png", transparency=0)
     Image.new("RGB", (64, 64), RED).save(tmp_path / "key.png", transparency=RED)
     Image.fromarray(np.full((64, 64), 257 * 80, np.uint16)).save(tmp_path / "deep.png")
     assert pixels(processor, tmp_path / "opaque.png")[0, :, 0, 0].tolist() == [1, -1, -1]
-    for name in ("transparent.png", "transparent.gif", "key.png"):
+    for name in ("transparent.png", "transparent.gif", "key.png", "deep_key.png", "grey_key.png", "bit_key.png"):
         assert torch.equal(pixels(processor, tmp_path / name), torch.ones(1, 3, 64, 64)), name
     assert pixels(processor, tmp_path / "deep.png").unique() == torch.tensor(80.0) / 127.5 - 1
 
