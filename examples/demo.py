@@ -22,11 +22,11 @@ ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / "checkpoints" / "mmar-tiny"
 DATA = ROOT / "checkpoints" / "emoji-lite"
 NUM_PICTURES = 16
-CELL, LINE_HEIGHT, LINE_LENGTH, MAX_LINES = 128, 12, 22, 3
+CELL, LINE_HEIGHT, LINE_LENGTH, MAX_LINES = 128, 12, 22, 5
 
 
 def sheet(pictures: list[Image.Image], captions: list[str], columns: int) -> Image.Image:
-    """Pictures in a grid, up to three lines of text below each."""
+    """Pictures in a grid, with lines of text below each."""
     rows = -(-len(pictures) // columns)
     wrapped = [textwrap.wrap(caption, LINE_LENGTH)[:MAX_LINES] for caption in captions]
     caption_height = LINE_HEIGHT * max(map(len, wrapped), default=1) + 6
@@ -69,7 +69,7 @@ def main() -> None:
     tested = pick(unseen, 12)
     pictures = pipe.processor.image_processor.fetch_images([row["image"] for row in tested])
     answers = ask(pipe, pictures, "Describe the image.")
-    right = {"name": 0, "style": 0, "both": 0}
+    right, described = {"name": 0, "style": 0, "both": 0}, []
     for row, answer in zip(tested, answers, strict=True):
         expected = row["answers"][0]
         found = {"name": f" of {row['label']} in " in answer, "style": answer.endswith(f" in {row['style']} style")}
@@ -78,8 +78,10 @@ def main() -> None:
         words = [key for key in ("name", "style") if found[key]]
         mark = "right" if found["both"] else f"{words[0]} right" if words else "wrong"
         print(f"  {mark:<12}{answer}" + ("" if found["both"] else f"   (it is {expected})"))
+        said = answer.removeprefix("an emoji of ")
+        described.append(f"{mark}: {said}" + ("" if found["both"] else f"; it is {row['label']}, {row['style']}"))
     described_file = args.out / "described.png"
-    sheet(pictures, answers, columns=4).save(described_file)
+    sheet(pictures, described, columns=4).save(described_file)
 
     print(
         f"\nOf {len(tested)} descriptions {right['name']} had the right name, {right['style']} the right style, "

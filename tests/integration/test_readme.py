@@ -28,6 +28,27 @@ def test_python_block_runs(index, folder, monkeypatch):
     assert names["pipe"].dtype == torch.float32
 
 
+def test_the_examples_give_the_output_that_is_printed(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    text = (ROOT / "README.md").read_text()
+    (expected,) = re.findall(r"```\n(an emoji of .*?)```", text, re.DOTALL)
+    for block in BLOCKS:
+        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    assert capsys.readouterr().out == expected
+
+
+PAGES = ["README.md", "checkpoints/mmar-tiny/README.md", "configs/mmar-tiny/card.yaml"]
+# The log of runs names recipes of its time.
+PAGES += [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")) if path.name != "runs.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_recipes_that_a_page_names_exist(page):
+    text = (ROOT / page).read_text()
+    for name in re.findall(r"(?:recipes/|\b)(mmar_\w+\.yaml|small\.yaml)", text):
+        assert list(ROOT.glob(f"*/recipes/{name}")), name
+
+
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
     assert MAKE_COMMANDS
