@@ -635,13 +635,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the views")
     parser.add_argument("--columns", nargs="+", default=[], metavar="KEY=NAME", help="the data's names of our columns")
     parser.add_argument("--split", default="train", help="of a data set")
+    parser.add_argument("--image_folder", help="where relative paths of pictures start, and what all must lie in")
     parser.add_argument("--num_workers", type=int, default=0, help="processes that open pictures and draw views")
     # As torchrun sets them.
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     parser.add_argument("--num_processes", type=int, default=world_size, help="that encode into this folder")
     parser.add_argument("--process_index", type=int, default=rank, help="which of them this is, from 0")
     args = parser.parse_args()
-    source = open_source(args.data, _columns(args.columns), args.split)
+    source = open_source(args.data, _columns(args.columns), args.split, args.image_folder)
     model = open_model(args.model, "--model")
     processor = open_processor(args.model, "--model")
     # Only the VAE is used from here on; a backbone has gigabytes.
@@ -653,6 +654,7 @@ def main() -> None:
     words = [args.data, "--model", args.model, "--out", str(args.out), "--split", args.split]
     for name in ("num_copies", "shard_size", "batch_size", "seed"):
         words += [f"--{name}", str(getattr(args, name))]
+    words += ["--image_folder", args.image_folder] if args.image_folder is not None else []
     words += ["--columns", *args.columns] if args.columns else []
     broken = cache_latents(
         source,

@@ -530,3 +530,20 @@ def test_the_command_killed_and_finished(tmp_path, model, processor, monkeypatch
         run(killed, "--seed", 3)
     with pytest.raises(SystemExit, match="^error: --columns takes key=name, such as image=jpg; got 'jpg'"):
         run(killed, "--columns", "jpg")
+
+
+def test_the_command_takes_pictures_of_another_folder(tmp_path, model, processor, monkeypatch):
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "rows").mkdir()
+    for i in range(3):
+        (tmp_path / "pictures" / f"{i}.png").write_bytes(make_picture(i))
+    rows = [{"image": f"{i}.png", "text": "a box"} for i in range(3)]
+    (tmp_path / "rows" / "rows.json").write_text(json.dumps(rows))
+    words = [tmp_path / "rows" / "rows.json", "--model", tmp_path / "model", "--out", tmp_path / "out"]
+    words += ["--image_folder", tmp_path / "pictures"]
+    monkeypatch.setattr(sys, "argv", ["latents", *map(str, words)])
+    latents.main()
+    cache = LatentCache(tmp_path / "out")
+    assert len(cache) == 3 and f"--image_folder {tmp_path / 'pictures'}" in cache.index["command"]
