@@ -189,6 +189,8 @@ class MMARImageGenerationMixin:
         order: str = "random",
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         merge_image_weights: bool | None = None,
+        height: int | None = None,
+        width: int | None = None,
         **kwargs,
     ) -> Tensor:
         r"""
@@ -231,6 +233,7 @@ class MMARImageGenerationMixin:
                 possible: the same up to rounding and faster, for a second copy of the language model's layers in
                 memory. The copy is kept for the next call until `train()` is called. By default where the accelerator
                 has room for it.
+            height, width (`int`, *optional*): As diffusers' pipelines have them; only `config.image_size`.
 
         Returns:
             `torch.FloatTensor`, float32: pictures `(B, 3, H, W)` in [-1, 1] or latents `(B, C, h, w)`.
@@ -259,6 +262,12 @@ class MMARImageGenerationMixin:
         if negative_input_ids is not None:
             _check_prompt("negative_", negative_input_ids, negative_attention_mask, vocab_size)
         _check_guidance(guidance_scale, guidance_schedule, guidance_interval)
+        for name, value in (("height", height), ("width", width)):
+            if value is not None and (not _is_integer(value) or value != self.config.image_size):
+                raise ValueError(
+                    f"`{name}` must be {self.config.image_size}, the size of all images of this model; got "
+                    f"{shorten(value)}. Leave it out, and resize the image."
+                )
         if not isinstance(order, str) or order not in ORDERS:
             raise ValueError(f"`order` must be one of {', '.join(ORDERS)}; got {shorten(order)}.")
         if callback is not None and not callable(callback):

@@ -19,6 +19,8 @@ GENERATION_ARGUMENTS = (
     "generator",
     "scheduler",
     "merge_image_weights",
+    "height",
+    "width",
 )
 OUTPUT_TYPES = ("pil", "np", "pt")
 
@@ -30,7 +32,7 @@ class MMARTextToImagePipeline(Pipeline):
     Arguments of a call, or of the pipeline as defaults of its calls: `negative_prompt`, `guidance_scale`,
     `guidance_schedule`, `guidance_interval`, `preset`, `num_ar_steps`, `num_inference_steps`, `order`, `generator`
     (in a call also a list with one per prompt, which are generated one by one), `scheduler`, `merge_image_weights`,
-    `output_type` ("pil", "np" or "pt") and, of every pipeline, `batch_size`.
+    `height` and `width` (the model's own), `output_type` ("pil", "np" or "pt") and, of every pipeline, `batch_size`.
 
     Example:
 

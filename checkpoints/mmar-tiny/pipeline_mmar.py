@@ -240,6 +240,8 @@ class MMARPipeline(DiffusionPipeline):
         order: str = "random",
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         merge_image_weights: bool | None = None,
+        height: int | None = None,
+        width: int | None = None,
     ) -> MMARPipelineOutput | tuple:
         r"""
         Draws pictures.
@@ -283,6 +285,7 @@ class MMARPipeline(DiffusionPipeline):
             merge_image_weights (`bool`, *optional*): Draw by weights with PLoRA merged in: the same up to rounding and
                 faster, for a second copy of the language model's layers in memory. By default where the accelerator
                 has room for it.
+            height, width (`int`, *optional*): As diffusers' pipelines have them; only the model's `image_size`.
 
         Returns:
             `MMARPipelineOutput`, or a tuple with its `images`.
@@ -364,6 +367,8 @@ class MMARPipeline(DiffusionPipeline):
                 callback=on_step_end,
                 output_type="latent",
                 merge_image_weights=merge_image_weights,
+                height=height,
+                width=width,
             )
 
         # 4. Latents to pictures.

@@ -514,6 +514,24 @@ def test_transformers_pipeline_saves_a_folder_that_opens(hub_root, tmp_path):
     assert torch.equal(again(PROMPT, generator=seeded(), **kwargs), drawer(PROMPT, generator=seeded(), **kwargs))
 
 
+def test_height_and_width_are_the_models_own(pipe, hub_root):
+    size, inputs = pipe.model.config.image_size, pipe.processor.generation_inputs([PROMPT], [""])
+    drawer = pipeline("text-to-image", model=str(hub_root / REPO))
+    doors = {
+        "diffusers": lambda **kwargs: pipe(PROMPT, generator=seeded(), output_type="pt", **kwargs).images[0],
+        "text-to-image": lambda **kwargs: drawer(PROMPT, generator=seeded(), output_type="pt", **kwargs),
+        "generate_images": lambda **kwargs: pipe.model.generate_images(**inputs, generator=seeded(), **kwargs),
+        "generate": lambda **kwargs: pipe.model.generate(
+            **inputs, generator=seeded(), generation_mode="image", **kwargs
+        ),
+    }
+    for name, door in doors.items():
+        assert torch.equal(door(height=size, width=size), door()), name
+        for wrong in ({"height": 2 * size}, {"width": size - 1}, {"height": str(size)}, {"width": True}):
+            with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` must be {size}.*Leave it out"):
+                door(**wrong)
+
+
 def test_any_to_any(hub_root, monkeypatch):
     """Its demand for torchvision is not ours: without it, the demand is lifted here."""
     monkeypatch.setattr("transformers.pipelines.any_to_any.requires_backends", lambda *args: None)
