@@ -1,6 +1,8 @@
 """Processor of MMAR: text, chats and pictures to model inputs, and model outputs back to text and pictures."""
 
+import inspect
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from transformers import AddedToken, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
+from transformers.utils.chat_template_utils import mark_control_tokens
 
 from ..conversion.push_mmar import push_folder
 from ..modeling_mmar.configuration_mmar import IGNORE_INDEX, shorten
@@ -23,6 +26,9 @@ IMAGE_TOKEN = "<|image|>"
 # LLaVA's mark, read as the image token.
 IMAGE_TOKEN_ALIAS = "<image>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
+# What transformers' `mark_control_tokens` sets around a control token that is plain text.
+MARK_START, MARK_END = mark_control_tokens("x", re.compile("x")).split("x")
+MARKED = re.compile(f"{MARK_START}.*?{MARK_END}", flags=re.DOTALL)
 TASKS = ("t2i", "i2t", "uncond")
 # How a tokenizer was loaded; transformers would write it into tokenizer_config.json. The last holds the named tokens,
 # which stand there by their names.
@@ -336,38 +342,93 @@ class MMARProcessor(ProcessorMixin):
         r"""
         Renders chats and, with `tokenize=True`, makes model inputs; see `ProcessorMixin.apply_chat_template`.
 
+        A picture is an item `{"type": "image"}` and nothing else. When a chat is tokenized, control tokens and image
+        marks in its texts are plain text, so that a user's words cannot end a turn or place a picture. With
+        `tokenize=False` the string comes unmarked: who tokenizes it cannot tell them from the template's own.
+
         Args:
             conversation (`list[dict]` or `list[list[dict]]`): One chat or several: messages with `role` and `content`,
                 a string or a list of `{"type": "text", "text": ...}` and `{"type": "image", "url": ...}`.
-            *args, **kwargs: Those of transformers.
+            *args: Those of transformers.
+            sanitize_control_tokens (`bool`, *optional*): False takes control tokens and marks in texts for what they
+                are; True with `tokenize`, the default.
+            **kwargs: Those of transformers.
 
         Returns:
             `str`, `list[str]` or, tokenized, `BatchFeature`.
 
         Raises:
-            ValueError: If a chat is not built so; the message names the place.
+            ValueError: If a chat is not built so, the message names the place; if `return_assistant_tokens_mask` is
+                asked for and a text holds control tokens, which cannot be told from others in the mask.
         """
         _check_conversation(conversation)
-        return super().apply_chat_template(conversation, *args, **kwargs)
+        given = inspect.signature(super().apply_chat_template).bind(conversation, *args, **kwargs).arguments
+        given = {**given, **given.pop("kwargs", {})}
+        del given["conversation"]
+        if not given.get("tokenize"):
+            return super().apply_chat_template(conversation, **given)
+        # The template has written what special tokens there are.
+        given["processor_kwargs"] = {"add_special_tokens": False, **(given.get("processor_kwargs") or {})}
+        if (sanitize := given.pop("sanitize_control_tokens", None)) is None or sanitize:
+            template = self._resolve_chat_template(given.get("chat_template"))
+            # Marks of the template itself are still its pictures.
+            given["chat_template"] = template.replace(IMAGE_TOKEN_ALIAS, self.image_token)
+            texts = [conversation, given.get("tools"), given.get("documents")]
+            if _holds(texts, (*self._control_tokens(), IMAGE_TOKEN_ALIAS)):
+                if given.get("return_assistant_tokens_mask"):
+                    raise ValueError(
+                        "With `return_assistant_tokens_mask` no text may hold a control token or image mark; got one. "
+                        "Drop it, or pass `sanitize_control_tokens=False` to have it read as one."
+                    )
+                given["sanitize_control_tokens"] = True
+        return super().apply_chat_template(conversation, **given)
 
     # Prompts of the tasks
 
-    def _check_no_mark(self, text: str, name: str):
-        """Refuses image marks where no picture may stand."""
+    def _control_tokens(self) -> tuple[str, ...]:
+        """Tokens that text of others must not place, the longest first."""
+        templates = self.chat_template.values() if isinstance(self.chat_template, dict) else [self.chat_template]
+        added = self.tokenizer.added_tokens_decoder.values()
+        tokens = {token.content for token in added if token.special or any(token.content in t for t in templates)}
+        return tuple(sorted(tokens, key=len, reverse=True))
+
+    def _plain(self, text: str, name: str) -> str:
+        """Text of others, its control tokens wrapped in transformers' markers, by which they are read as text."""
         if not isinstance(text, str):
             raise ValueError(f"{name} must be a string; got {type(text).__name__}.")
         _check_unicode(text, name)
-        for mark in (self.image_token, IMAGE_TOKEN_ALIAS):
-            if mark in text:
-                raise ValueError(f"{name} must not contain the image mark {mark}; got {shorten(text)}. Drop the mark.")
-        for mark in {TURN_START, TURN_END, *self.tokenizer.all_special_tokens}:
-            if mark in text:
-                raise ValueError(f"{name} must not contain the control token {mark}; got {shorten(text)}. Drop it.")
+        return mark_control_tokens(text, re.compile("|".join(map(re.escape, self._control_tokens()))))
+
+    def _encode(self, text: str | list[str], **kwargs: Any) -> BatchFeature:
+        """Tokens of rendered text, in which `_plain` may have wrapped some."""
+        if MARK_START in (text if isinstance(text, str) else "".join(text)):
+            kwargs["sanitize_control_tokens"] = True
+        return self.tokenizer(text, add_special_tokens=False, **kwargs)
+
+    def text_ids(self, text: str) -> list[int]:
+        r"""
+        Tokens of a text in which control tokens and image marks are plain text, as in chats.
+
+        Args:
+            text (`str`): Any text.
+
+        Returns:
+            `list[int]`
+
+        Raises:
+            ValueError: If it is no string or no valid Unicode.
+        """
+        return self._encode(self._plain(text, "A text"))["input_ids"]
+
+    def _expand(self, text: str) -> str:
+        """Each image token of rendered text, unless it is plain text, as often as a picture has tokens."""
+        count = len(MARKED.sub("", text).split(self.image_token)) - 1
+        return self.get_text_with_replacements([text], [self.image_token * self.num_image_tokens] * count)[0][0]
 
     def _generation_text(self, prompt: str | None) -> str:
         """The text before a generated picture; the null prompt for None and ''."""
         prompt = "" if prompt is None else prompt
-        self._check_no_mark(prompt, "A prompt")
+        prompt = self._plain(prompt, "A prompt")
         content = self.generation_prompt.replace("{caption}", prompt) if prompt else self.null_prompt
         return self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
@@ -393,8 +454,8 @@ class MMARProcessor(ProcessorMixin):
             with `negative_prompts` also `negative_input_ids` and `negative_attention_mask`, of the same shape.
 
         Raises:
-            ValueError: If a prompt is no string or contains an image mark, if prompts are none, if the negative ones
-                differ in number, or if a prompt with its picture is longer than `tokenizer.model_max_length`.
+            ValueError: If a prompt is no string, if prompts are none, if the negative ones differ in number, or if a
+                prompt with its picture is longer than `tokenizer.model_max_length`.
         """
         prompts = [prompts] if prompts is None or isinstance(prompts, str) else list(prompts)
         if not prompts:
@@ -410,7 +471,7 @@ class MMARProcessor(ProcessorMixin):
                 f"{len(prompts)} prompts."
             )
         texts = [self._generation_text(prompt) for prompt in prompts + negative_prompts]
-        features = self.tokenizer(
+        features = self._encode(
             texts, padding=True, padding_side="left", return_attention_mask=True, return_tensors=return_tensors
         )
         for row, length in enumerate(self._row_lengths(features)):
@@ -447,13 +508,13 @@ class MMARProcessor(ProcessorMixin):
             `<|im_end|>` that closes it; `"t2i"` and `"uncond"` have none.
 
         Raises:
-            ValueError: If `task` is unknown, a text is missing or contains an image mark, `num_images` is below 1, or
-                the sample is longer than `tokenizer.model_max_length`.
+            ValueError: If `task` is unknown, a text is missing, `num_images` is below 1, or the sample is longer than
+                `tokenizer.model_max_length`.
         """
         if task not in TASKS:
             raise ValueError(f"`task` must be one of {', '.join(TASKS)}; got {shorten(task)}.")
         if task != "uncond":
-            self._check_no_mark(text, f"`text` of task {task!r}")
+            plain = self._plain(text, f"`text` of task {task!r}")
             if not text:
                 raise ValueError(
                     f"`text` of task {shorten(task)} must not be empty. Use task 'uncond' for no caption."
@@ -463,17 +524,16 @@ class MMARProcessor(ProcessorMixin):
                 raise ValueError(f"`num_images` must be at least 1; got {num_images}.")
             content = [{"type": "image"}] * num_images
             if question:
-                self._check_no_mark(question, "`question`")
-                content = content + [{"type": "text", "text": question}]
+                content = content + [{"type": "text", "text": self._plain(question, "`question`")}]
             prefix = self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-            prefix = prefix.replace(self.image_token, self.image_token * self.num_image_tokens)
+            prefix = self._expand(prefix)
             # Apart from the prefix, as in generation: no merge across the border.
-            answer = self.tokenizer(text + TURN_END, add_special_tokens=False)["input_ids"]
+            answer = self._encode(plain + TURN_END)["input_ids"]
         else:
             prefix = self._generation_text(text if task == "t2i" else None)
             prefix += self.image_token * self.num_image_tokens
             answer = []
-        prefix = self.tokenizer(prefix)["input_ids"]
+        prefix = self._encode(prefix)["input_ids"]
         input_ids = prefix + answer
         self._check_length(self._row_lengths(BatchFeature({"input_ids": [input_ids]}))[0], "A training sample")
         return {"input_ids": input_ids, "labels": [IGNORE_INDEX] * len(prefix) + answer}
@@ -491,8 +551,8 @@ class MMARProcessor(ProcessorMixin):
             `<|im_end|>` that closes each.
 
         Raises:
-            ValueError: If the messages are not built so, no assistant turn has text, a text contains an image mark or
-                control token, or the chat is longer than `tokenizer.model_max_length`.
+            ValueError: If the messages are not built so, no assistant turn has text, or the chat is longer than
+                `tokenizer.model_max_length`.
         """
         _check_conversation(messages)
         input_ids, labels = [], []
@@ -501,10 +561,12 @@ class MMARProcessor(ProcessorMixin):
         for index, message in enumerate(messages):
             role, content = message["role"], message["content"]
             items = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            for item in items:
-                if item["type"] == "text":
-                    self._check_no_mark(item["text"], f"The text of message {index}")
-            items = [item if item["type"] == "text" else {"type": "image"} for item in items]
+            items = [
+                {"type": "text", "text": self._plain(item["text"], f"The text of message {index}")}
+                if item["type"] == "text"
+                else {"type": "image"}
+                for item in items
+            ]
             if role != "assistant":
                 given += self.apply_chat_template([{"role": role, "content": items}])
                 continue
@@ -519,9 +581,8 @@ class MMARProcessor(ProcessorMixin):
                     f"An assistant's turn must not be empty; message {index} is. Fill it or drop the chat."
                 )
             given += f"{TURN_START}assistant\n"
-            given = given.replace(self.image_token, self.image_token * self.num_image_tokens)
-            prefix = self.tokenizer(given, add_special_tokens=False)["input_ids"]
-            learned = self.tokenizer(answer + TURN_END, add_special_tokens=False)["input_ids"]
+            prefix = self._encode(self._expand(given))["input_ids"]
+            learned = self._encode(answer + TURN_END)["input_ids"]
             input_ids += prefix + learned
             labels += [IGNORE_INDEX] * len(prefix) + learned
             given = "\n"
@@ -661,6 +722,16 @@ class MMARProcessor(ProcessorMixin):
             ) from error
         image_kwargs = {name: value for name, value in kwargs.items() if name in image_names | DOWNLOAD_NAMES}
         return [MMARImageProcessor.from_pretrained(pretrained_model_name_or_path, **image_kwargs), tokenizer]
+
+
+def _holds(value: Any, marks: tuple[str, ...]) -> bool:
+    """Whether a text in messages, tools or documents holds one of the marks; what stands for pictures is none."""
+    if isinstance(value, str):
+        return any(mark in value for mark in marks)
+    if isinstance(value, dict):
+        is_picture = value.get("type") in ("image", "image_url")
+        return not is_picture and any(_holds(own, marks) for own in value.values())
+    return isinstance(value, (list, tuple)) and any(_holds(own, marks) for own in value)
 
 
 def _check_unicode(text: str, name: str) -> None:

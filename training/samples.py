@@ -246,7 +246,7 @@ class SampleMaker:
         example = self.processor.training_example("i2t", given + after, question)
         labels = example["labels"]
         start = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
-        given_ids = self.processor.tokenizer(given, add_special_tokens=False)["input_ids"]
+        given_ids = self.processor.text_ids(given)
         border = start + len(given_ids)
         if labels[start:border] != given_ids:
             raise BadRow(
