@@ -109,7 +109,9 @@ def test_paths_bytes_and_base64(processor, picture, tmp_path):
         assert torch.equal(pixels(processor, source), expected)
 
 
-def test_url(processor, picture):
+def test_url(processor, picture, monkeypatch):
+    # Its server is on this machine.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     image, _, expected = picture
     content = file_bytes(image)
 
