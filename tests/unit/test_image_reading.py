@@ -2,7 +2,6 @@
 
 import base64
 import io
-import os
 import subprocess
 import threading
 import time
@@ -178,8 +177,8 @@ def server():
     server.server_close()
 
 
-@pytest.mark.skipif(os.environ.get("HF_HUB_OFFLINE") == "1", reason="offline, nothing is requested")
 def test_urls_are_bounded(server, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     address = f"http://127.0.0.1:{server.server_port}"
     for path in ("image", "redirect"):
         assert np.array_equal(np.asarray(read_image(f"{address}/{path}")), ARRAY)
