@@ -141,6 +141,17 @@ class MMARPreTrainedModel(PreTrainedModel):
         if os.path.isdir(save_directory):
             apply_umask(save_directory)
 
+    @classmethod
+    def prepare_distribute_model(cls, distributed_config: Any, *args, **kwargs) -> Any:
+        # Called by `from_pretrained` for `tp_plan` and `tp_size` as well.
+        for name in ("tp_plan", "tp_size", "pp_size"):
+            if (value := getattr(distributed_config, name, None)) not in (None, 1):
+                raise ValueError(
+                    f"`{name}` must not be given, since PLoRA has no plan for tensor or pipeline parallelism; got "
+                    f"{value!r}. Split the model by layers with `device_map='auto'`, or train it with FSDP."
+                )
+        return super().prepare_distribute_model(distributed_config, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.vit_config.initializer_range
@@ -456,7 +467,7 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
 
         Raises:
             ValueError: If weights are missing: a file of a local folder, a part that is named by reference, or tensors
-                in the files. transformers would draw the latter at random.
+                in the files. Only what a subclass adds to the class that was saved is initialized at random.
         """
         path = pretrained_model_name_or_path
         if path is not None:
@@ -480,7 +491,7 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         else:
             with plora_aware_quantizers():
                 model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
-        if missing := sorted(info["missing_keys"]):
+        if missing := cls._missing_in_error(model.config, info["missing_keys"]):
             raise ValueError(
                 f"expected all weights of the model in {shorten(str(pretrained_model_name_or_path))}; {len(missing)} "
                 f"are missing, among them {shorten_names(missing[:3])}. Check that the config belongs to these "
@@ -491,6 +502,15 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         # Loading makes new parameters, which are trainable.
         model.freeze()
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _missing_in_error(cls, config: MMARConfig, missing_keys: set[str]) -> list[str]:
+        """The missing weights that a checkpoint should hold: those of the class in `config.architectures`."""
+        saved = [parent for parent in cls.__mro__ if parent.__name__ in (config.architectures or ())][:1]
+        if missing_keys and saved and saved != [cls]:
+            with torch.device("meta"):
+                missing_keys = missing_keys & saved[0](config).state_dict().keys()
+        return sorted(missing_keys)
 
     def save_pretrained(
         self,

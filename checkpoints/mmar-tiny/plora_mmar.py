@@ -234,6 +234,11 @@ class MMARQwen2Model(Qwen2Model):
         )
         self.post_init()
 
+    def init_parallel_plans(self) -> None:
+        super().init_parallel_plans()
+        # Qwen2's plans know nothing of PLoRA's factors.
+        self._tp_plan, self._pp_plan = {}, {}
+
     def forward(
         self, *args, image_token_mask: Tensor | None = None, num_prefix_tokens: int = 0, **kwargs
     ) -> BaseModelOutputWithPast:

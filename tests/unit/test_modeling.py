@@ -16,11 +16,12 @@ from helpers import (
     tiny_model,
 )
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedModel
 
 from mmar.modeling_mmar.diffusion_mmar import cosine_alphas_cumprod
-from mmar.modeling_mmar.modeling_mmar import MMARForConditionalGeneration
+from mmar.modeling_mmar.modeling_mmar import MMARForConditionalGeneration, MMARModel
 
 
 @pytest.fixture
@@ -98,6 +99,46 @@ def test_initialization_of_missing_keys(model, tmp_path, missing):
     for name, value in loaded.state_dict().items():
         if name in state and name not in names:
             assert torch.equal(value, state[name]), name
+
+
+class ScoredModel(MMARForConditionalGeneration):
+    """With a layer that no checkpoint of MMAR holds."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.score_head = nn.Linear(config.text_config.hidden_size, 2)
+        self.post_init()
+
+
+def test_a_subclass_with_a_new_layer_starts_from_a_checkpoint(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    scored, info = ScoredModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(info["missing_keys"]) == {"score_head.weight", "score_head.bias"}
+    assert 0.01 < scored.score_head.weight.std() < 0.03 and not scored.score_head.bias.any()
+    assert scored.score_head.weight.requires_grad
+    for name, value in model.state_dict().items():
+        assert torch.equal(scored.state_dict()[name], value), name
+    # Its own checkpoint must hold the layer, and MMAR's must hold all of MMAR.
+    for folder, saved, hole in (
+        ("own", scored, "score_head.weight"),
+        ("base", model, "model.latent_encoder.mask_token"),
+    ):
+        saved.save_pretrained(tmp_path / folder)
+        state = load_file(tmp_path / folder / "model.safetensors")
+        del state[hole]
+        save_file(state, tmp_path / folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=f"1 are missing, among them {hole}"):
+            ScoredModel.from_pretrained(tmp_path / folder)
+
+
+@pytest.mark.parametrize("given", [{"tp_plan": "auto"}, {"tp_size": 2}])
+@pytest.mark.parametrize("model_class", [MMARForConditionalGeneration, MMARModel])
+@pytest.mark.filterwarnings("ignore:Passing `tp_plan`:FutureWarning")
+def test_tensor_parallelism_is_refused(model, tmp_path, model_class, given):
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"`{next(iter(given))}`"):
+        model_class.from_pretrained(tmp_path, **given)
+    assert not model.supports_tp_plan and not model.tp_plan and not model.pp_plan
 
 
 def test_manual_seed_decides_the_weights():
