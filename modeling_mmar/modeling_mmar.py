@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, ModelOutput
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, ModelOutput, is_tracing
 
 from ..conversion.card_mmar import card_for, count_parameters, make_model_card
 from ..conversion.hub_mmar import export_remote_code
@@ -48,7 +48,13 @@ from .frozen_parts_mmar import (
 )
 from .generation_mmar import MMARImageGenerationMixin
 from .image_layers_mmar import ImageWeights
-from .masking_mmar import cached_position_ids, image_block_ids, shared_position_ids
+from .masking_mmar import (
+    cached_position_ids,
+    forget_last_tokens,
+    image_block_ids,
+    next_position_ids,
+    shared_position_ids,
+)
 from .plora_mmar import MMARQwen2Model
 from .prefix_mmar import num_prefix_tokens
 from .quantization_mmar import for_backbone_only, plora_aware_quantizers
@@ -204,6 +210,22 @@ class MMARModel(MMARPreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.language_model.embed_tokens = value
 
+    def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        r"""
+        Where the image tokens are: by `image_token_id`, or by its embedding.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): Tokens.
+            inputs_embeds (`torch.FloatTensor` of shape `(B, L, D)`, *optional*): In place of `input_ids`.
+
+        Returns:
+            `torch.BoolTensor` of shape `(B, L)`: True at image tokens.
+        """
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token).to(inputs_embeds)).all(-1)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -225,11 +247,11 @@ class MMARModel(MMARPreTrainedModel):
             attention_mask (`torch.Tensor` of shape `(B, past + L)`, *optional*): 0 at padding.
             position_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): RoPE positions; made here by default.
             past_key_values (`Cache`, *optional*): Keys and values of earlier tokens.
-            inputs_embeds (`torch.FloatTensor` of shape `(B, L, D)`, *optional*): In place of the tokens' embeddings;
-                needs `image_token_mask` where there are images.
+            inputs_embeds (`torch.FloatTensor` of shape `(B, L, D)`, *optional*): In place of the tokens' embeddings.
             latent_tokens (`torch.FloatTensor` of shape `(I, N, C)`, *optional*): The pictures, in reading order.
             latent_mask (`torch.BoolTensor` of shape `(I, N)`, *optional*): True where a latent is hidden.
-            image_token_mask (`torch.BoolTensor` of shape `(B, L)`, *optional*): True at image tokens.
+            image_token_mask (`torch.BoolTensor` of shape `(B, L)`, *optional*): True at image tokens; by default where
+                `image_token_id` or its embedding is.
             image_embeds (`torch.FloatTensor` of shape `(I, N, D)`, *optional*): In place of `latent_tokens`, what
                 `latent_encoder` would make of them.
             use_cache (`bool`, *optional*): Return the cache.
@@ -246,27 +268,27 @@ class MMARModel(MMARPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of `input_ids` and `inputs_embeds`; pass one of them.")
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-        # A decoding step has no image tokens; not looking for them avoids a host sync.
         pictures = latent_tokens if image_embeds is None else image_embeds
-        is_decoding = pictures is None and past_key_values is not None and image_token_mask is None
-        if image_token_mask is None and input_ids is not None and not (is_decoding and input_ids.shape[1] == 1):
-            image_token_mask = input_ids == self.config.image_token_id
-        if image_token_mask is not None and not bool(image_token_mask.any()):
+        if image_token_mask is None and (pictures is not None or self._may_hold_images(input_ids, past_key_values)):
+            image_token_mask = self.get_placeholder_mask(input_ids, inputs_embeds)
+        if not is_tracing():
+            self._check_images(image_token_mask, pictures)
+        if pictures is None:
             image_token_mask = None
-        self._check_images(image_token_mask, pictures)
 
         # 1. Embed the text; the placeholder's own embedding is never read.
-        text_needs_gradient = inputs_embeds is not None and inputs_embeds.requires_grad
-        if inputs_embeds is None:
+        gives_embeds = inputs_embeds is not None
+        if not gives_embeds:
             text_ids = input_ids if image_token_mask is None else input_ids.masked_fill(image_token_mask, 0)
             inputs_embeds = self.language_model.embed_tokens(text_ids)
-            # Not whether it requires one, which transformers sets for gradient checkpointing.
-            text_needs_gradient = inputs_embeds.grad_fn is not None
         num_prefix = 0
-        if self.training and past_key_values is None and not text_needs_gradient:
-            num_prefix = num_prefix_tokens(
-                self.language_model, image_token_mask, attention_mask, kwargs.get("output_attentions")
-            )
+        if self.training and past_key_values is None:
+            # Of embeddings made here not whether they require one, which transformers sets for gradient checkpointing.
+            needs_gradient = inputs_embeds.requires_grad if gives_embeds else inputs_embeds.grad_fn is not None
+            if not needs_gradient:
+                num_prefix = num_prefix_tokens(
+                    self.language_model, image_token_mask, attention_mask, kwargs.get("output_attentions")
+                )
 
         # 2. Embed the pictures and put them in their places (Fig. 2).
         if image_token_mask is not None:
@@ -278,9 +300,10 @@ class MMARModel(MMARPreTrainedModel):
         if position_ids is None:
             position_ids = self._position_ids(inputs_embeds, image_token_mask, attention_mask, past_key_values)
         # Looked at where it can be, and not in each decoding step, which would sync.
-        total = inputs_embeds.shape[1] if isinstance(past_length, Tensor) else inputs_embeds.shape[1] + past_length
-        if inputs_embeds.shape[1] > 1 and total > self.config.text_config.max_position_embeddings:
-            self._check_positions(position_ids)
+        if not is_tracing() and inputs_embeds.shape[1] > 1:
+            total = inputs_embeds.shape[1] + (0 if isinstance(past_length, Tensor) else past_length)
+            if total > self.config.text_config.max_position_embeddings:
+                self._check_positions(position_ids)
         if not isinstance(attention_mask, dict):
             block_ids = None
             if image_token_mask is not None:
@@ -302,8 +325,9 @@ class MMARModel(MMARPreTrainedModel):
         if image_token_mask is None and self.training:
             image_token_mask = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
         cached = None
-        if use_cache is not False and not torch.compiler.is_compiling():
-            cached = cached_position_ids(past_key_values, len(inputs_embeds))
+        # A compiled decoding step would be compiled anew for each length of what is noted.
+        if use_cache is not False and (inputs_embeds.shape[1] > 1 or not is_tracing()):
+            cached = cached_position_ids(past_key_values, inputs_embeds.shape[0])
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -317,10 +341,14 @@ class MMARModel(MMARPreTrainedModel):
         )
         if cached is not None and outputs.past_key_values is not None:
             # The next token's position is not the number of cached tokens, once a picture was read.
-            position_ids = position_ids.expand(len(inputs_embeds), -1)
+            position_ids = position_ids.expand(inputs_embeds.shape[0], -1)
             outputs.past_key_values.mmar_position_ids = torch.cat([cached.to(position_ids), position_ids], dim=1)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if return_dict else outputs.to_tuple()
+
+    def _may_hold_images(self, input_ids: Tensor | None, past_key_values: Cache | None) -> bool:
+        """Whether tokens that come without pictures are looked at: not in decoding steps, which would sync."""
+        return input_ids is not None and not (past_key_values is not None and input_ids.shape[1] == 1)
 
     def _check_images(self, image_token_mask: Tensor | None, pictures: Tensor | None) -> None:
         if image_token_mask is None and pictures is None:
@@ -355,10 +383,11 @@ class MMARModel(MMARPreTrainedModel):
         past_key_values: Cache | None,
     ) -> Tensor:
         batch, length = inputs_embeds.shape[:2]
-        # Positions taken so far; fewer than the tokens, once a picture was read.
-        cached = cached_position_ids(past_key_values, batch).to(inputs_embeds.device)
-        start = cached.amax(-1, keepdim=True) + 1 if cached.shape[1] else 0
         padding_mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
+        # Positions taken so far; fewer than the tokens, once a picture was read.
+        start = 0
+        if past_key_values is not None:
+            start = next_position_ids(past_key_values, batch, padding_mask).to(inputs_embeds.device)
         if padding_mask is not None:
             padding_mask = padding_mask[:, -length:]
         if image_token_mask is None:
@@ -809,7 +838,7 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
                 "scales pictures."
             )
         # NaN fails the comparison too. Resampled floats may overshoot a little.
-        if not bool((pixel_values.abs() <= MAX_PIXEL_VALUE).all()):
+        if not is_tracing() and not bool((pixel_values.abs() <= MAX_PIXEL_VALUE).all()):
             raise ValueError(
                 f"`pixel_values` must be finite and in [-1, 1]; got values up to {float(pixel_values.abs().max())}. "
                 "`MMARImageProcessor` scales pictures; bytes are x / 127.5 - 1."
@@ -849,6 +878,8 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
                     f"`latent_mask` must be a bool tensor of shape {expected}, True where a latent is hidden; got "
                     f"{latent_mask.dtype} of shape {tuple(latent_mask.shape)}."
                 )
+        if is_tracing():
+            return
         finite = torch.isfinite(latents).all(1).flatten(1)  # (I, N); hidden latents are never read
         if not bool((finite if latent_mask is None else finite | latent_mask.to(finite.device)).all()):
             raise ValueError("expected finite pictures or latents; got NaN or infinite values. Check the input.")
@@ -897,8 +928,8 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             latents (`torch.FloatTensor` of shape `(I, C, h, w)`, *optional*): Scaled latents in place of pictures.
             latent_mask (`torch.BoolTensor` of shape `(I, N)`, *optional*): True where a latent is hidden and its
                 diffusion loss is taken. Without it every picture is fully known.
-            image_token_mask (`torch.BoolTensor` of shape `(B, L)`, *optional*): With `inputs_embeds`, True at image
-                tokens.
+            image_token_mask (`torch.BoolTensor` of shape `(B, L)`, *optional*): True at image tokens; by default where
+                `image_token_id` or, in `inputs_embeds`, its embedding is.
             labels (`torch.LongTensor` of shape `(B, L)`, *optional*): Tokens to predict, -100 elsewhere.
             use_cache (`bool`, *optional*): Return the cache.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): Logits of the last so many positions
@@ -956,8 +987,8 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             image_embeds, targets = self.embed_pictures(latent_tokens, latent_mask, generator)
 
         # 4., 5. Build the sequence, run the LLM.
-        if image_token_mask is None and input_ids is not None and latent_tokens is not None:
-            image_token_mask = input_ids == self.config.image_token_id
+        if image_token_mask is None and latent_tokens is not None and (input_ids is None) != (inputs_embeds is None):
+            image_token_mask = self.model.get_placeholder_mask(input_ids, inputs_embeds)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -979,7 +1010,9 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         z, image_loss, token_losses, timesteps = None, None, None, None
         if latent_tokens is not None:
             # (B, L, D) -> (I, N, D)
-            z = hidden_states[image_token_mask].view(*latent_tokens.shape[:2], -1)
+            num_images, num_latents = latent_tokens.shape[:2]
+            places = (~image_token_mask.flatten()).int().argsort(stable=True)[: num_images * num_latents]
+            z = hidden_states.flatten(0, 1)[places].view(num_images, num_latents, -1)
             if latent_mask is not None and bool(latent_mask.any()):
                 num_tokens = latent_mask.sum(-1).tolist() if isinstance(generator, list) else None
                 token_losses, timesteps = self.image_losses(
@@ -1079,7 +1112,44 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         given |= {"input_ids": args[0]} if args else {}
         _check_tensors(given, self.config.text_config.vocab_size)
         self._check_prompt_and_answer(*args, **kwargs)
+        if isinstance(cache := kwargs.get("past_key_values"), Cache):
+            self._fit_cache(cache, **given)
         return super().generate(*args, **kwargs)
+
+    def _fit_cache(
+        self,
+        cache: Cache,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> None:
+        """
+        Sees to it that a cache leaves something to read.
+
+        Inputs are the complete chat, of which the cache holds the beginning, unless the attention mask is longer: then
+        they are what is new.
+
+        Raises:
+            ValueError: If the inputs are neither.
+        """
+        past_length = int(cache.get_seq_length())
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        if past_length == 0 or inputs is None:
+            return
+        length = inputs.shape[1]
+        mask_length = length if attention_mask is None else attention_mask.shape[1]
+        is_complete = mask_length == length >= past_length
+        is_new = mask_length == past_length + length and inputs_embeds is None  # transformers takes all embeddings
+        if not is_complete and not is_new:
+            raise ValueError(
+                f"with {past_length} tokens in `past_key_values`, `attention_mask` must have {past_length + length} "
+                f"columns, if the {length} tokens given are new, or {length}, if they are the complete chat and at "
+                f"least as long as the cache; got {mask_length}. Give both in full."
+            )
+        if is_complete and length == past_length:
+            # All has been read: the last token once more, for what follows it; an image at the end as one.
+            ends_in_image = self.model.get_placeholder_mask(input_ids, inputs_embeds)[:, -1].any()
+            forget_last_tokens(cache, self.config.num_latents if bool(ends_in_image) else 1)
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs
@@ -1113,10 +1183,14 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             is_default = all(length is None for length in (*given, self.generation_config.max_length))
             # By default transformers writes so many tokens more; a length that is given counts the prompt.
             num_new = settings.max_length - (0 if is_default else input_ids.shape[1])
-        attention_mask = kwargs.get("attention_mask")
+        attention_mask, start = kwargs.get("attention_mask"), 0
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            attention_mask = None
-        longest = int(shared_position_ids(is_image, self.config.num_latents, attention_mask).max()) + 1
+            # Only the new tokens were given, with a cache.
+            cache = kwargs.get("past_key_values")
+            start = 0 if cache is None else next_position_ids(cache, input_ids.shape[0], attention_mask)
+            attention_mask = attention_mask[:, -input_ids.shape[1] :]
+        position_ids = shared_position_ids(is_image, self.config.num_latents, attention_mask)
+        longest = int((position_ids + start).max()) + 1
         limit = self.config.text_config.max_position_embeddings
         if longest + max(num_new, 0) > limit:
             raise ValueError(
@@ -1129,6 +1203,7 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         input_ids: Tensor,
         inputs_embeds: Tensor | None = None,
         latents: Tensor | None = None,
+        latent_mask: Tensor | None = None,
         image_token_mask: Tensor | None = None,
         is_first_iteration: bool | None = False,
         **kwargs,
@@ -1139,25 +1214,58 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             # The prompt of an assistant, whose first iteration is not said to be one.
             cache = kwargs.get("past_key_values")
             reads_pictures = cache is None or int(cache.get_seq_length()) == 0
-        pixel_values = kwargs.get("pixel_values")
-        if reads_pictures:
-            given = {"latents": latents, "image_token_mask": image_token_mask}
-            kwargs |= {name: value for name, value in given.items() if value is not None}
-        if kwargs.get("next_sequence_length") == 1:
-            # A decoding step needs no mask of pictures, and looking for them would sync.
-            kwargs["mm_token_type_ids"] = None
-        elif kwargs.get("mm_token_type_ids") is None:
-            is_image = input_ids == self.config.image_token_id
-            if inputs_embeds is not None and is_first_iteration:
-                is_image = torch.zeros(inputs_embeds.shape[:2]) if image_token_mask is None else image_token_mask
-            kwargs["mm_token_type_ids"] = is_image.long().to(input_ids.device)
+        pictures = {"pixel_values": kwargs.pop("pixel_values", None), "latents": latents, "latent_mask": latent_mask}
+        pictures = {name: value for name, value in pictures.items() if value is not None} if reads_pictures else {}
+        num_read = kwargs.get("next_sequence_length")
+        kwargs["mm_token_type_ids"] = None
+        # A decoding step needs no mask of pictures, and looking for them would sync.
+        if pictures or num_read is None or num_read > 1:
+            embeds = inputs_embeds if is_first_iteration else None
+            is_image = self._image_token_mask(input_ids, embeds, image_token_mask, bool(pictures))
+            kwargs["mm_token_type_ids"] = is_image.long()
+            if num_read is not None:
+                num_read = int(num_read)
+                pictures = self._not_cached(pictures, is_image, num_read)
+            if pictures and image_token_mask is not None:
+                pictures["image_token_mask"] = is_image if num_read is None else is_image[:, -num_read:]
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         inputs.pop("mm_token_type_ids", None)
-        if reads_pictures and pixel_values is not None:
-            inputs["pixel_values"] = pixel_values
-        return inputs
+        return {**inputs, **pictures}
+
+    def _image_token_mask(
+        self, input_ids: Tensor, inputs_embeds: Tensor | None, image_token_mask: Tensor | None, has_images: bool
+    ) -> Tensor:
+        """True at the image tokens `(B, L)` of what `generate` was given, and of what it has written since."""
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        if image_token_mask is not None:
+            # What was written is text.
+            return F.pad(image_token_mask, (0, inputs.shape[1] - image_token_mask.shape[1])).bool()
+        if inputs_embeds is not None and not has_images:
+            return torch.zeros(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
+        return self.model.get_placeholder_mask(None if inputs_embeds is not None else input_ids, inputs_embeds)
+
+    def _images_per_row(self, is_image: Tensor, num_images: int, num_read: int) -> Tensor | None:
+        """How many of the images given each row has: all of its text's, or those of the last `num_read` columns."""
+        for columns in (is_image, is_image[:, is_image.shape[1] - num_read :]):
+            counts = columns.sum(-1).div(self.config.num_latents, rounding_mode="floor")
+            if int(counts.sum()) == num_images:
+                return counts
+        return None
+
+    def _not_cached(self, pictures: dict[str, Tensor], is_image: Tensor, num_read: int) -> dict[str, Tensor]:
+        """The images of the last `num_read` columns, in reading order: a cache holds the others."""
+        new = is_image[:, is_image.shape[1] - num_read :].sum(-1).div(self.config.num_latents, rounding_mode="floor")
+        kept = {}
+        for name, value in pictures.items():
+            given = self._images_per_row(is_image, value.shape[0], num_read)
+            if given is None or value.shape[0] == int(new.sum()):
+                kept[name] = value  # `forward` looks at numbers that do not fit
+            elif bool(new.any()):
+                rows = zip(value.split(given.tolist()), new.tolist(), strict=True)
+                kept[name] = torch.cat([row[len(row) - number :] for row, number in rows])
+        return kept
 
     @staticmethod
     def create_masks_for_generate(
@@ -1185,26 +1293,28 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         )
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
-        input_ids = model_kwargs.get("input_ids", inputs_tensor)
-        attention_mask = model_kwargs.get("attention_mask")
-        if model_kwargs.get("image_token_mask") is not None and inputs_tensor.ndim == 3:
-            return shared_position_ids(model_kwargs["image_token_mask"], self.config.num_latents, attention_mask)
-        if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+        input_ids, embeds = model_kwargs.get("input_ids", inputs_tensor), None
+        attention_mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
+        image_token_mask = model_kwargs.get("image_token_mask")
+        has_images = any(model_kwargs.get(name) is not None for name in ("pixel_values", "latents"))
+        # Of images in the past the embeddings tell too.
+        has_images = has_images or (cache is not None and int(cache.get_seq_length()) > 0)
+        if inputs_tensor.ndim == 3:
+            embeds = inputs_tensor
+        if input_ids.ndim != 2 or (embeds is None and input_ids.shape[1] == 0):
             return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            # Only the new tokens were given beside a cache: count on from it.
-            if model_kwargs.get("past_key_values") is None:
-                raise ValueError(
-                    f"`attention_mask` must have the shape {tuple(input_ids.shape)} of `input_ids`; got "
-                    f"{tuple(attention_mask.shape)}."
-                )
-            cached = cached_position_ids(model_kwargs["past_key_values"], len(input_ids)).to(input_ids.device)
-            start = cached.amax(-1, keepdim=True) + 1 if cached.shape[1] else 0
-            new_mask = attention_mask[:, -input_ids.shape[1] :]
-            is_image = input_ids == self.config.image_token_id
-            return shared_position_ids(is_image, self.config.num_latents, new_mask) + start
-        is_image = input_ids == self.config.image_token_id
-        return shared_position_ids(is_image, self.config.num_latents, attention_mask)
+        is_image = self._image_token_mask(input_ids, embeds, image_token_mask, has_images)
+        if attention_mask is None or attention_mask.shape == is_image.shape:
+            return shared_position_ids(is_image, self.config.num_latents, attention_mask)
+        # Only the new tokens were given, with a cache: count on from it.
+        if cache is None:
+            raise ValueError(
+                f"`attention_mask` must have the shape {tuple(is_image.shape)} of `input_ids`; got "
+                f"{tuple(attention_mask.shape)}."
+            )
+        start = next_position_ids(cache, is_image.shape[0], attention_mask).to(is_image.device)
+        new_mask = attention_mask[:, -is_image.shape[1] :]
+        return shared_position_ids(is_image, self.config.num_latents, new_mask) + start
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **model_kwargs
@@ -1212,21 +1322,24 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         if expand_size == 1:
             return input_ids, model_kwargs
         pictures = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "latents", "latent_mask")}
-        ids = input_ids
+        given = {name: value for name, value in pictures.items() if value is not None}
+        if given:
+            cache, embeds = model_kwargs.get("past_key_values"), model_kwargs.get("inputs_embeds")
+            is_image = self._image_token_mask(input_ids, embeds, model_kwargs.get("image_token_mask"), True)
+            num_read = max(is_image.shape[1] - (0 if cache is None else int(cache.get_seq_length())), 0)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
         # A row's pictures are repeated as a group: a row may hold none or several.
-        counts = (ids == self.config.image_token_id).sum(-1).div(self.config.num_latents, rounding_mode="floor")
-        for name, value in pictures.items():
-            if value is not None:
-                if len(value) != int(counts.sum()):
-                    raise ValueError(
-                        f"expected one picture in `{name}` for each {self.config.num_latents} image tokens of the "
-                        f"text, {int(counts.sum())}; got {len(value)}. `MMARProcessor` expands the image marks."
-                    )
-                groups = [group.repeat(expand_size, *[1] * (value.ndim - 1)) for group in value.split(counts.tolist())]
-                model_kwargs[name] = torch.cat(groups)
+        for name, value in given.items():
+            if (counts := self._images_per_row(is_image, value.shape[0], num_read)) is None:
+                raise ValueError(
+                    f"expected one picture in `{name}` for each {self.config.num_latents} image tokens of the "
+                    f"text, {int(is_image.sum()) // self.config.num_latents}; got {len(value)}. `MMARProcessor` "
+                    "expands the image marks."
+                )
+            groups = [group.repeat(expand_size, *[1] * (value.ndim - 1)) for group in value.split(counts.tolist())]
+            model_kwargs[name] = torch.cat(groups)
         return input_ids, model_kwargs
 
 
@@ -1260,6 +1373,8 @@ def _check_tensors(tensors: dict[str, Any], vocab_size: int) -> None:
                 f"`attention_mask` must have a row and column per token, cached ones included, at least "
                 f"{tuple(inputs.shape[:2])}; got {tuple(mask.shape)}."
             )
+    if is_tracing():
+        return
     # Not in each decoding step, nor on a device that would wait for the answer.
     for name, values, allowed in (("input_ids", ids, None), ("labels", labels, IGNORE_INDEX)):
         if values is not None and values.shape[1] > 1 and values.device.type == "cpu":

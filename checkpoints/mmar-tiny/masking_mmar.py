@@ -4,7 +4,8 @@ import math
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from torch.nn import functional as F
+from transformers.cache_utils import Cache, StaticLayer
 
 from .configuration_mmar import shorten
 
@@ -70,17 +71,64 @@ def cached_position_ids(cache: Cache | None, batch: int) -> Tensor:
     position_ids = getattr(cache, "mmar_position_ids", None)
     if position_ids is None or past_length == 0:
         position_ids = torch.empty(batch, 0, dtype=torch.long)
-    if len(position_ids) != batch:
-        raise ValueError(
-            f"the cache holds the positions of {len(position_ids)} rows; got {batch}. Read the prompt again."
-        )
-    position_ids = position_ids[:, :past_length]
+    position_ids = _of_rows(cache, position_ids, batch)[:, :past_length]
     if position_ids.shape[1] == past_length:
         return position_ids
     # Tokens that passed by unnoticed (a compiled decoding step) are text: each takes the next position.
     start = position_ids.amax(-1, keepdim=True) + 1 if position_ids.shape[1] else 0
     missing = torch.arange(past_length - position_ids.shape[1], device=position_ids.device).expand(batch, -1)
     return torch.cat([position_ids, missing + start], dim=1)
+
+
+def _of_rows(cache: Cache | None, position_ids: Tensor, batch: int) -> Tensor:
+    """The positions of a cache's rows, of which `Cache.batch_repeat_interleave` may have made more."""
+    rows = position_ids.shape[0]
+    if rows == batch:
+        return position_ids
+    if cache.layers[0].keys.shape[0] != batch or batch % rows:
+        raise ValueError(f"the cache holds the positions of {rows} rows; got {batch}. Read the prompt again.")
+    return position_ids.repeat_interleave(batch // rows, dim=0)
+
+
+def next_position_ids(cache: Cache | None, batch: int, attention_mask: Tensor | None = None) -> Tensor:
+    r"""
+    The RoPE position that the next token of each row takes, without a host sync.
+
+    Args:
+        cache (`Cache`, *optional*): Keys and values of earlier tokens.
+        batch (`int`): B.
+        attention_mask (`torch.Tensor` of shape `(B, past + L)`, *optional*): 0 at padding, which takes no position.
+
+    Returns:
+        `torch.LongTensor` of shape `(B, 1)`.
+
+    Raises:
+        ValueError: If the cache holds another number of rows.
+    """
+    past_length = 0 if cache is None else cache.get_seq_length()
+    position_ids = getattr(cache, "mmar_position_ids", None)
+    if position_ids is None or (isinstance(past_length, int) and past_length == 0):
+        position_ids = torch.empty(batch, 0, dtype=torch.long)
+    device = past_length.device if isinstance(past_length, Tensor) else position_ids.device
+    position_ids = _of_rows(cache, position_ids, batch).to(device)
+    noted = position_ids.shape[1]
+    is_taken = (torch.arange(noted, device=device) < past_length).expand(batch, -1)
+    if attention_mask is not None and attention_mask.shape[1] >= noted:
+        is_taken = is_taken & attention_mask[:, :noted].to(device).bool()
+    # With a column of -1, so that no row is empty.
+    following = F.pad(position_ids.masked_fill(~is_taken, -1), (1, 0), value=-1).amax(-1, keepdim=True) + 1
+    # Tokens that passed by unnoticed are text: each has taken a position.
+    unnoticed = past_length - noted
+    return following + (unnoticed.clamp(min=0) if isinstance(unnoticed, Tensor) else max(unnoticed, 0))
+
+
+def forget_last_tokens(cache: Cache, num_tokens: int) -> None:
+    """Takes the last `num_tokens` tokens out of a cache, static ones too."""
+    for layer in cache.layers:
+        if isinstance(layer, StaticLayer):
+            layer.cumulative_length.sub_(num_tokens)
+        else:
+            layer.crop(-num_tokens)
 
 
 def sample_mask_ratios(num_images: int, minimum: float, generator: torch.Generator | None = None) -> Tensor:

@@ -386,6 +386,134 @@ def test_generate_continues_a_left_padded_cache(model, mixed):
         assert torch.equal(output[:, -NEW:], expected)
 
 
+@pytest.fixture(scope="module")
+def chat(model):
+    """Left padded rows with one image, none and two; then a second turn, with an image, none and one."""
+    text, marks = random_text(3, 60, seed=4), image_marks(model, 1)[0]
+    rows = [
+        torch.cat([text[0, :4], marks, text[0, 4:9]]),
+        text[1, :11],
+        torch.cat([marks, text[2, :3], marks, text[2, 3:6]]),
+    ]
+    length = max(len(row) for row in rows)
+    pixels = torch.rand(5, 3, 8, 8, generator=seeded(0)) * 2 - 1
+    first = {
+        "input_ids": torch.stack([torch.cat([torch.full((length - len(row),), 9), row]) for row in rows]),
+        "attention_mask": torch.stack([(torch.arange(length) >= length - len(row)).long() for row in rows]),
+        "pixel_values": pixels[[0, 2, 3]],
+    }
+    more = [
+        torch.cat([text[0, 20:23], marks, text[0, 23:26]]),
+        text[1, 20:42],
+        torch.cat([text[2, 20:21], marks, text[2, 21:26]]),
+    ]
+    return first, torch.stack(more), pixels
+
+
+def empty_cache(model, kind):
+    if kind == "dynamic":
+        return DynamicCache(config=model.config.text_config)
+    return StaticCache(config=model.config.text_config, max_cache_len=96)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("prefill", ["generate", "forward"])
+@pytest.mark.parametrize("has_new_images", [True, False])
+def test_the_complete_chat_goes_on_from_a_cache(model, chat, monkeypatch, kind, prefill, has_new_images):
+    """Images included: those that are cached are not encoded again, whether they are given or not."""
+    first, more, pixels = chat
+    cache, before = empty_cache(model, kind), first["input_ids"]
+    if prefill == "generate":
+        before = model.generate(**first, past_key_values=cache, **GREEDY)
+    else:
+        model(**first, past_key_values=cache, use_cache=True)
+    more = more if has_new_images else random_text(3, 7, seed=5)
+    turn = torch.cat([before, more], 1)
+    new_mask = torch.ones(3, turn.shape[1] - first["input_ids"].shape[1], dtype=torch.long)
+    mask = torch.cat([first["attention_mask"], new_mask], 1)
+    complete = {"input_ids": turn, "pixel_values": pixels if has_new_images else first["pixel_values"]}
+    new = {"input_ids": turn} | ({"pixel_values": pixels[[1, 4]]} if has_new_images else {})
+    tail = {**new, "input_ids": turn[:, int(cache.get_seq_length()) :]}
+    expected = model.generate(**complete, attention_mask=mask, use_cache=False, **GREEDY)[:, -NEW:]
+    encoded = []
+    encode = model.encode_images
+    monkeypatch.setattr(model, "encode_images", lambda images, **kwargs: encoded.append(len(images)) or encode(images))
+    for inputs in (complete, new, tail):
+        output = model.generate(**inputs, attention_mask=mask, past_key_values=copy.deepcopy(cache), **GREEDY)
+        assert torch.equal(output[:, -NEW:], expected)
+    assert encoded == ([2, 2, 2] if has_new_images else [])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("ends_in_image", [False, True])
+def test_a_prompt_that_is_cached_completely(model, chat, kind, ends_in_image):
+    """The last token, or image, is read once more for what follows it."""
+    first, _, _ = chat
+    if ends_in_image:
+        ids = torch.cat([random_text(2, 5), image_marks(model, 2)], 1)
+        first = {"input_ids": ids, "pixel_values": first["pixel_values"][:2]}
+    expected = new_tokens(model, first, **GREEDY)
+    cache = empty_cache(model, kind)
+    model(**first, past_key_values=cache, use_cache=True)
+    assert torch.equal(new_tokens(model, first, past_key_values=cache, **GREEDY), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("gives_mask", [False, True])
+def test_embeddings_of_the_complete_chat_go_on_from_a_cache(model, chat, kind, gives_mask):
+    first, more, pixels = chat
+    ids = torch.cat([first["input_ids"], more], 1)
+    mask = torch.cat([first["attention_mask"], torch.ones_like(more)], 1)
+    expected = model.generate(ids, attention_mask=mask, pixel_values=pixels, **GREEDY)[:, -NEW:]
+    cache = empty_cache(model, kind)
+    model(**first, past_key_values=cache, use_cache=True)
+    embeds = model.get_input_embeddings()(ids)
+    given = {"image_token_mask": ids == IMAGE} if gives_mask else {}
+    output = model.generate(
+        inputs_embeds=embeds, attention_mask=mask, pixel_values=pixels, past_key_values=cache, **given, **GREEDY
+    )
+    assert torch.equal(output, expected)
+
+
+def test_padding_inside_a_chat_takes_no_position(model, prompt):
+    """A row whose answer ended early is padded behind it, which a mask hides in the next turn."""
+    ids = torch.cat([prompt["input_ids"], random_text(2, 3, seed=5)], 1)
+    mask = torch.ones_like(ids)
+    mask[0, -2:] = 0
+    _, cache = run_pieces(model, [ids], [prompt["latents"]])
+    turn, new_mask = random_text(2, 4, seed=6), torch.ones(2, 4, dtype=torch.long)
+    full = {"input_ids": torch.cat([ids, turn], 1), "attention_mask": torch.cat([mask, new_mask], 1)}
+    with torch.no_grad():
+        expected = model(**full, latents=prompt["latents"]).logits[:, -4:]
+        logits = model(turn, attention_mask=full["attention_mask"], past_key_values=copy.deepcopy(cache)).logits
+    torch.testing.assert_close(logits, expected, atol=ATOL, rtol=0)
+    expected = model.generate(**full, latents=prompt["latents"], **GREEDY)[:, -NEW:]
+    full["input_ids"] = turn
+    assert torch.equal(model.generate(**full, past_key_values=cache, **GREEDY)[:, -NEW:], expected)
+
+
+def test_a_cached_prompt_for_several_rows(model, prompt):
+    """One prompt is read once, and its cache repeated for each of three questions."""
+    one = {name: value[:1] for name, value in prompt.items()}
+    _, cache = run_pieces(model, [one["input_ids"]], [one["latents"]])
+    cache.batch_repeat_interleave(3)
+    ids = torch.cat([one["input_ids"].repeat(3, 1), random_text(3, 4, seed=7)], 1)
+    expected = model.generate(ids, latents=one["latents"].repeat(3, 1, 1, 1), **GREEDY)
+    assert torch.equal(model.generate(ids, past_key_values=cache, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("columns", [4, 20])
+def test_a_cache_that_does_not_fit_the_inputs(model, prompt, columns):
+    _, cache = run_pieces(model, [prompt["input_ids"]], [prompt["latents"]])
+    with pytest.raises(ValueError, match="`attention_mask` must have 29 columns"):
+        model.generate(
+            random_text(2, 4), attention_mask=torch.ones(2, columns, dtype=torch.long), past_key_values=cache
+        )
+
+
 def test_cache_of_another_batch_size(model, prompt):
     _, cache = run_pieces(model, [prompt["input_ids"]], [prompt["latents"]])
     with pytest.raises(ValueError, match="positions of 2 rows; got 1"):

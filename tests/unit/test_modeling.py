@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.integrations.executorch import register_dynamic_cache_export_support
 
 from mmar.modeling_mmar.diffusion_mmar import cosine_alphas_cumprod
 from mmar.modeling_mmar.modeling_mmar import MMARForConditionalGeneration, MMARModel
@@ -503,6 +504,42 @@ def test_embeddings_in_place_of_ids(model, batch):
     assert torch.equal(output.logits, expected.logits) and torch.equal(output.loss, expected.loss)
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_images_stand_where_the_placeholders_embedding_is(model, batch, train):
+    """As prompt tuning gives them: embeddings with trained ones before, and images."""
+    pixels = torch.rand(3, 3, 8, 8, generator=seeded(0)) * 2 - 1
+    ids, labels = batch["input_ids"], batch["labels"]
+    prefix = torch.randn(3, 4, 64, generator=seeded(1)).requires_grad_()
+    embeds = torch.cat([prefix, model.get_input_embeddings()(ids)], 1)
+    labels = F.pad(labels, (4, 0), value=-100)
+    given = {
+        "inputs_embeds": embeds,
+        "pixel_values": pixels,
+        "labels": labels,
+        "attention_mask": torch.ones_like(labels),
+    }
+    model.train(train)
+    output = model(**given, generator=seeded(2))
+    expected = model(**given, generator=seeded(2), image_token_mask=F.pad(ids == IMAGE, (4, 0)))
+    assert torch.equal(output.loss, expected.loss)
+    assert torch.equal(output.image_hidden_states, expected.image_hidden_states)
+    output.loss.backward()
+    assert prefix.grad.abs().sum() > 0
+
+
+def test_a_mask_of_image_tokens_wins_over_ids_and_embeddings(model):
+    ids = torch.cat([image_marks(model, 1), random_text(1, 16)], 1)
+    mask = torch.arange(32)[None] >= 16  # the images stand where text is
+    latents = random_latents(model, 1)
+    embeds = model.get_input_embeddings()(ids)
+    with torch.no_grad():
+        by_ids = model(ids, latents=latents, image_token_mask=mask).logits
+        by_embeds = model(inputs_embeds=embeds, latents=latents, image_token_mask=mask).logits
+        other = model(ids, latents=latents).logits
+    assert torch.equal(by_ids, by_embeds)
+    assert not torch.allclose(by_ids, other)
+
+
 def test_the_image_tokens_own_embedding_is_never_read(model, batch):
     with torch.no_grad():
         expected = model.model(
@@ -521,6 +558,72 @@ def test_text_in_a_batch_with_pictures_equals_qwen2(model, batch):
         expected = qwen2_of(model)(batch["input_ids"][1:2]).logits
     # The mask picks another attention kernel and the batch another matrix shape.
     torch.testing.assert_close(logits[1:2], expected, atol=5e-5, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------------ export and compile
+
+
+@pytest.fixture
+def shallow_model():
+    """Few layers: each is traced anew."""
+    return tiny_model(text_config={"num_hidden_layers": 1}, vit_config={"num_hidden_layers": 1})
+
+
+def inputs_of_rows(model, rows, seed=0, with_images=True):
+    """Text, and an image in it, left padded in the first row."""
+    text = random_text(rows, 6 + rows, seed=seed)
+    if not with_images:
+        return {"input_ids": text}
+    ids = torch.cat([text[:, :4], image_marks(model, rows), text[:, 4:]], 1)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    pixels = torch.rand(rows, 3, 8, 8, generator=seeded(seed)) * 2 - 1
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("with_images", [False, True])
+def test_export(shallow_model, with_images):
+    """For any number of rows and tokens."""
+    model = shallow_model
+    inputs = inputs_of_rows(model, 2, with_images=with_images) | {"use_cache": False}
+    rows, length = torch.export.Dim("rows"), torch.export.Dim("length")
+    axes = {"input_ids": {0: rows, 1: length}, "attention_mask": {0: rows, 1: length}, "pixel_values": {0: rows}}
+    axes = {name: axes.get(name) for name in inputs}
+    exported = torch.export.export(model, (), inputs, dynamic_shapes=axes).module()
+    for other in (inputs, inputs_of_rows(model, 3, seed=1, with_images=with_images) | {"use_cache": False}):
+        got, expected = exported(**other), model(**other)
+        torch.testing.assert_close(got.logits, expected.logits, atol=5e-5, rtol=0)
+        if with_images:
+            torch.testing.assert_close(got.image_hidden_states, expected.image_hidden_states, atol=5e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_export_with_a_cache_in_the_output(shallow_model):
+    model = shallow_model
+    register_dynamic_cache_export_support()
+    inputs, rows = inputs_of_rows(model, 2), torch.export.Dim("rows")
+    exported = torch.export.export(model, (), inputs, dynamic_shapes={name: {0: rows} for name in inputs}).module()
+    other = inputs_of_rows(model, 2, seed=1)
+    torch.testing.assert_close(exported(**other).logits, model(**other).logits, atol=5e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_without_a_graph_break(shallow_model, dynamic):
+    model = shallow_model
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="eager")
+    for rows in (2, 3):
+        for with_images in (False, True):
+            inputs = inputs_of_rows(model, rows, seed=rows, with_images=with_images)
+            got, expected = compiled(**inputs), model(**inputs)
+            torch.testing.assert_close(got.logits, expected.logits, atol=5e-5, rtol=0)
+    # The cache that it leaves goes on as one that was made uncompiled.
+    mask = F.pad(inputs["attention_mask"], (0, 1), value=1)
+    next_ids = random_text(rows, 1, seed=9)
+    expected = model(next_ids, attention_mask=mask, past_key_values=expected.past_key_values).logits
+    got = model(next_ids, attention_mask=mask, past_key_values=got.past_key_values).logits
+    torch.testing.assert_close(got, expected, atol=5e-5, rtol=0)
 
 
 # ---------------------------------------------------------------------------------------------------------- errors
@@ -778,6 +881,18 @@ def test_generation_from_embeddings_with_a_picture(model):
         inputs_embeds=embeds, latents=latents, image_token_mask=ids == IMAGE, max_new_tokens=5, use_cache=True
     )
     assert torch.equal(got, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2, "num_return_sequences": 2}])
+def test_generation_from_embeddings_finds_the_images(model, settings):
+    pixels = torch.rand(3, 3, 8, 8, generator=seeded(0)) * 2 - 1
+    marks, text = image_marks(model, 1)[0], random_text(2, 30)
+    ids = torch.stack([torch.cat([text[0, :20], marks]), torch.cat([text[1, :2], marks, text[1, 2:4], marks])])
+    ids = torch.cat([ids, random_text(2, 3, seed=1)], 1)
+    settings |= {"max_new_tokens": 5, "do_sample": False, "pixel_values": pixels}
+    expected = model.generate(ids, **settings)[:, ids.shape[1] :]
+    assert torch.equal(model.generate(inputs_embeds=model.get_input_embeddings()(ids), **settings), expected)
 
 
 def test_generation_does_not_run_past_the_positions():
