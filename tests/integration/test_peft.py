@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from helpers import qwen2_of, random_latents, random_text, tiny_model
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from squares import losses, make_processor, make_squares_model, make_trainer
 
@@ -230,6 +230,30 @@ def test_own_lora_generates_text_and_pictures():
     drawn = adapted.base_model.model.generate_images(**prompt)
     prompt["generator"] = torch.Generator().manual_seed(0)
     assert (drawn - tiny_model().generate_images(**prompt)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("tuning", [PromptTuningConfig, PrefixTuningConfig])
+def test_trained_prompts_stand_before_text_and_images(tuning):
+    torch.manual_seed(0)
+    adapted = get_peft_model(tiny_model(), tuning(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    ids = torch.cat([image_inputs(adapted)["input_ids"]] * 2)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    pixels = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    given = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+    generated = adapted.generate(**given, max_new_tokens=4, do_sample=False)[:, ids.shape[1] :]
+    # All again for each token.
+    for step in range(4):
+        last = logits(adapted, **given)[:, -1].clone()
+        last[:, IMAGE] = -torch.inf
+        token = last.argmax(-1, keepdim=True)
+        assert torch.equal(generated[:, step : step + 1], token)
+        given["input_ids"] = torch.cat([given["input_ids"], token], 1)
+        given["attention_mask"] = torch.nn.functional.pad(given["attention_mask"], (0, 1), value=1)
+    adapted.train()
+    adapted(**given, labels=given["input_ids"]).loss.backward()
+    trained_weights = [value for value in adapted.parameters() if value.requires_grad]
+    assert trained_weights and all(value.grad.abs().sum() > 0 for value in trained_weights)
 
 
 def test_a_lora_is_trained_saved_and_resumed(tmp_path):
