@@ -80,7 +80,7 @@ def read_config(folder: str | Path) -> MMARConfig:
     """
     try:
         model_type = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"expected the folder of an MMAR; {shorten(str(folder))} has no readable config.json ({shorten(error)})."
         ) from error

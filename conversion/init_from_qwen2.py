@@ -81,7 +81,7 @@ def find_backbone(backbone: str, revision: str | None = None, token: str | None 
             ) from error
     try:
         model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
         raise ValueError(
             f"expected a Qwen2 in {shorten(backbone)}; its config.json cannot be read ({shorten(error)})."
         ) from error

@@ -130,7 +130,7 @@ def load_vae(folder: Path) -> tuple[AutoencoderKL, dict[str, Any]]:
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
             f"expected the folder of a VAE or of an MMAR; {shorten(str(folder))} has no readable config.json "
             f"({shorten(error)})."

@@ -31,7 +31,7 @@ def main() -> None:
     if args.facts is not None:
         try:
             stated = yaml.safe_load(args.facts.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
+        except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
             raise ValueError(
                 f"expected the facts of a card as YAML in {shorten(str(args.facts))}; {shorten(error)}."
             ) from error

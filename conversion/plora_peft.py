@@ -169,7 +169,7 @@ def _read_settings(folder: Path) -> dict:
         settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         if not isinstance(settings, dict):
             raise ValueError(f"names and values expected, got {shorten(settings)}")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
             f"expected the folder of a peft adapter; {shorten(str(folder / ADAPTER_CONFIG))} cannot be read "
             f"({shorten(error)})."

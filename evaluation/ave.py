@@ -123,7 +123,7 @@ def _value(path: Path, row: Row) -> float:
         if len(lines) != 1:
             raise ValueError(f"{len(lines)} lines")
         return float(lines[0][row.column]) * row.scale
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         chosen = "" if row.where is None else f" where {row.where[0]!r} is {row.where[1]!r}"
         raise ValueError(
             f"expected one line with a number in {shorten(row.column)}{chosen} in {shorten(path.name)}; got "
@@ -180,7 +180,7 @@ def read_scores(path: Path) -> dict[str, float]:
         raise ValueError(f"expected a folder of VLMEvalKit's results or a JSON file of scores; {path} is not there.")
     try:
         scores = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"expected JSON in {shorten(path.name)}; it cannot be read: {shorten(error)}.") from error
     if not isinstance(scores, dict):
         raise ValueError(

@@ -148,7 +148,7 @@ def read_lines(path: Path, what: str) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"expected a JSON object on line {number} of {shorten(str(path))}; got {shorten(error)}."
             ) from error
@@ -233,7 +233,7 @@ def _compare(folder: Path, about: dict[str, Any]) -> None:
     try:
         begun = json.loads(path.read_text(encoding="utf-8"))
         changed = [name for name in IDENTITY if begun[name] != about[name]]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"expected {', '.join(IDENTITY)} in {shorten(str(path))}; it is no {MANIFEST_NAME} of drawings. Name "
             "another folder, or remove this one."

@@ -100,7 +100,7 @@ def read_captions(path: Path) -> list[dict[str, Any]]:
             {"id": int(row["id"]), "image_id": int(row["image_id"]), "caption": row["caption"].strip()}
             for row in annotations
         ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"expected {layout} in {shorten(str(path))}; got something else ({type(error).__name__}: "
             f"{shorten(error)}). Name one of COCO's captions_*.json."

@@ -211,7 +211,7 @@ class AnswersSoFar:
         try:
             first, *lines = map(json.loads, whole.decode("utf-8").splitlines())
             begun, answers = dict(first["run"]), {line["index"]: line["answer"] for line in lines}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"expected the answers of a run in {shorten(str(path))}, a JSON object on each line; got something "
                 f"else ({type(error).__name__}: {shorten(error)}). Mend the file, name another --work_dir, or delete "

@@ -509,6 +509,12 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         config = kwargs.get("config")
         if path is not None and not isinstance(config, PreTrainedConfig):
             config = cls.config_class.from_pretrained(path if config is None else config, **place, **download)
+        is_kl = issubclass(cls.vae_class, AutoencoderKL)
+        if path is not None and is_kl and "scaling_factor" not in config.vae_config:
+            raise ValueError(
+                f"`vae_config` must hold `scaling_factor`; it is missing in {shorten(str(path))}, and diffusers' "
+                "default would give another image. Copy config.json again."
+            )
         if config is not None and config.frozen_weights == "referenced" and path is not None:
             if kwargs.get("variant"):
                 raise ValueError(f"a model with parts by reference has no variants; got {shorten(kwargs['variant'])}.")

@@ -23,6 +23,8 @@ from .image_processing_mmar import MMARImageProcessor, MMARImageProcessorKwargs
 
 AUTO_MAP = {"AutoProcessor": "processing_mmar.MMARProcessor"}
 IMAGE_TOKEN = "<|image|>"
+# Text by which a chat template shows that it writes the user's text.
+TEMPLATE_PROBE = "a red square"
 # LLaVA's mark, read as the image token.
 IMAGE_TOKEN_ALIAS = "<image>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
@@ -175,6 +177,11 @@ class MMARProcessor(ProcessorMixin):
             tokenizer.init_kwargs.pop(name, None)
         image_processor = MMARImageProcessor() if image_processor is None else image_processor
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+        if TEMPLATE_PROBE not in self.apply_chat_template([{"role": "user", "content": TEMPLATE_PROBE}]):
+            raise ValueError(
+                "`chat_template` must write the user's text; got one that leaves it out, so that all prompts would "
+                "give the same image. Copy chat_template.jinja again."
+            )
 
     @property
     def image_token_id(self) -> int:

@@ -146,13 +146,13 @@ def fault(checkpoint: str | Path) -> str | None:
     checkpoint = Path(checkpoint)
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"{TRAINER_STATE_NAME} cannot be read ({error})"
     if (checkpoint / MANIFEST_FILE).is_file():
         try:
             sizes = json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8"))
         # OSError: a training that still runs may remove it meanwhile.
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             return f"{MANIFEST_FILE} cannot be read ({error})"
         for name, size in sizes.items():
             try:

@@ -1,5 +1,5 @@
 """
-Pictures encoded once: a command writes the latents of a source and of its views, a training reads them memory-mapped.
+Pictures encoded once: a command writes the latents of a source and of its views, a training reads them row by row.
 
     python -m mmar.training.latents DATA --model MODEL --out runs/latents --num_copies 3 --num_workers 4
     torchrun --nproc_per_node 8 -m mmar.training.latents DATA --model MODEL --out runs/latents
@@ -28,13 +28,13 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -71,7 +71,7 @@ IDENTITY = {
 METADATA_KEY = "mmar"
 # Rows, evenly spaced, whose pictures tell one source from another.
 FINGERPRINT_ROWS = 1024
-# Shards that a reader keeps mapped; Linux allows a process 65,530 mappings.
+# Shards whose headers a reader keeps.
 MAX_OPEN_SHARDS = 1024
 # Of a reason in the files, and of the reasons that are printed.
 MAX_REASON_LENGTH, MAX_REASONS_SHOWN = 300, 5
@@ -159,7 +159,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
             f"expected a folder of latents; there is no {shorten(str(path))}. `python -m mmar.training.latents` makes "
             "one."
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"expected JSON in {shorten(str(path))}; it is broken ({shorten(error)}). Remove the folder."
         ) from error
@@ -169,11 +169,21 @@ def _read_index(folder: Path) -> dict[str, Any]:
             f"expected {', '.join(sorted(expected))} in {shorten(str(path))}; it is no index of latents. Name another "
             "folder."
         )
+    kinds, shape = index["kinds"], index["latent_shape"]
+    counts = [index["num_rows"], index["shard_size"]]
+    counts += kinds.values() if isinstance(kinds, dict) and "picture" in kinds else [0]
+    counts += shape if isinstance(shape, list) and len(shape) == 3 else [0]
+    if not all(type(count) is int and 0 < count < 2**63 for count in counts):
+        raise ValueError(
+            f"`num_rows`, `shard_size`, `latent_shape` and `kinds` must be numbers above 0 in {str(path)!r}; got "
+            f"{shorten({name: index[name] for name in ('num_rows', 'shard_size', 'latent_shape', 'kinds')})}. Remove "
+            "the folder."
+        )
     return index
 
 
 def _num_shards(index: dict[str, Any]) -> int:
-    return math.ceil(index["num_rows"] / index["shard_size"])
+    return -(-index["num_rows"] // index["shard_size"])
 
 
 def _shard_rows(index: dict[str, Any], shard: int) -> range:
@@ -190,34 +200,88 @@ def _identity_sha256(index: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps({name: index[name] for name in IDENTITY}, sort_keys=True).encode()).hexdigest()
 
 
-def _open_shard(folder: Path, index: dict[str, Any], shard: int) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+@dataclass(frozen=True)
+class _Shard:
     """
-    A shard's tensors, memory-mapped: only what is looked at is read; and what it says of its broken rows. Raises a
-    `ValueError` if the file is missing, truncated or another cache's, of which its header tells.
+    A shard as it was when it was opened. Its rows are read by seeking: a mapped file that is cut meanwhile would end
+    the process.
+    """
+
+    path: Path
+    size: int
+    modified: int
+    # Of each kind: where its rows begin, in bytes, and the shape of one.
+    places: dict[str, tuple[int, tuple[int, ...]]]
+    is_broken: tuple[bool, ...]
+    broken: list[dict[str, Any]]
+
+    def read(self, row: int) -> dict[str, Tensor]:
+        """The latents of one of its rows; raises a `ValueError` if the file is not what it was."""
+        data = {}
+        try:
+            with open(self.path, "rb") as file:
+                for kind, (start, shape) in self.places.items():
+                    num_bytes = torch.half.itemsize * math.prod(shape)
+                    file.seek(start + row * num_bytes)
+                    data[kind] = bytearray(file.read(num_bytes))  # which a tensor may write to
+                state = os.fstat(file.fileno())
+        except OSError as error:
+            raise ValueError(
+                f"expected the shard {str(self.path)!r}, which was there at the start; it cannot be read any more "
+                f"({shorten(error)}). Put it back and start again."
+            ) from error
+        if (state.st_size, state.st_mtime_ns) != (self.size, self.modified):
+            raise ValueError(
+                f"expected {str(self.path)!r} as it was at the start; it has changed since. Encode its rows again, "
+                "with the command that made them, and start again."
+            )
+        shapes = {kind: shape for kind, (_, shape) in self.places.items()}
+        return {kind: torch.frombuffer(data[kind], dtype=torch.half).view(shapes[kind]) for kind in data}
+
+
+def _open_shard(folder: Path, index: dict[str, Any], shard: int) -> _Shard:
+    """
+    A shard, and what it says of its broken rows. Raises a `ValueError` if the file is missing, truncated, another
+    cache's or another shard's, of which its header tells.
     """
     path = _shard_path(folder, index, shard)
     try:
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        with open(path, "rb") as file:
+            state = os.fstat(file.fileno())
+            header_size = int.from_bytes(file.read(8), "little")
+            if header_size > state.st_size - 8:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(file.read(header_size))
+            first = 8 + header_size
+            about = json.loads(header.pop("__metadata__")[METADATA_KEY])
+            entries = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+            spans = {name: tuple(entry["data_offsets"]) for name, entry in header.items()}
+            if first + max(end for _, end in spans.values()) != state.st_size:
+                raise ValueError("its size is not what its header says")
+            file.seek(first + spans["broken"][0])
+            is_broken = tuple(map(bool, file.read(spans["broken"][1] - spans["broken"][0])))
     except FileNotFoundError as error:
         raise ValueError(f"expected the shard {shorten(str(path))}; it is missing. {_how_to_finish(index)}") from error
-    except (SafetensorError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"expected a shard of latents at {shorten(str(path))}; it is truncated or broken ({shorten(error)}). "
             f"Remove that file. {_how_to_finish(index)}"
         ) from error
     num_rows = len(_shard_rows(index, shard))
-    expected = {kind: (torch.half, (num_rows, n, 2, *index["latent_shape"])) for kind, n in index["kinds"].items()}
-    expected["broken"] = (torch.bool, (num_rows,))
-    if about.get("cache") != _identity_sha256(index) or expected != {
-        name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()
-    }:
+    expected = {kind: ("F16", (num_rows, n, 2, *index["latent_shape"])) for kind, n in index["kinds"].items()}
+    expected["broken"] = ("BOOL", (num_rows,))
+    sizes = {name: math.prod(shape) * (2 if dtype == "F16" else 1) for name, (dtype, shape) in expected.items()}
+    if (
+        (about.get("cache"), about.get("shard")) != (_identity_sha256(index), shard)
+        or entries != expected
+        or {name: end - start for name, (start, end) in spans.items()} != sizes
+    ):
         raise ValueError(
-            f"expected a shard of these latents at {shorten(str(path))}; it is another source's, or made with another "
-            f"VAE or other options than {INDEX_NAME} has. Remove that file. {_how_to_finish(index)}"
+            f"expected shard {shard} of these latents at {shorten(str(path))}; it is another source's or shard's, or "
+            f"made with another VAE or other options than {INDEX_NAME} has. Remove that file. {_how_to_finish(index)}"
         )
-    return tensors, about["broken"]
+    places = {kind: (first + spans[kind][0], entries[kind][1][1:]) for kind in index["kinds"]}
+    return _Shard(path, state.st_size, state.st_mtime_ns, places, is_broken, about["broken"])
 
 
 def _how_to_finish(index: dict[str, Any]) -> str:
@@ -485,7 +549,8 @@ def _shard_bytes(latents: Tensor, rows: range, broken: dict[int, dict[str, Any]]
     parts = latents.split(list(index["kinds"].values()), dim=1)
     tensors = {kind: part.contiguous() for kind, part in zip(index["kinds"], parts, strict=True)}
     tensors["broken"] = torch.tensor([row in broken for row in rows])
-    about = {"cache": _identity_sha256(index), "broken": [broken[row] for row in sorted(broken)]}
+    shard = rows[0] // index["shard_size"]
+    about = {"cache": _identity_sha256(index), "shard": shard, "broken": [broken[row] for row in sorted(broken)]}
     return save(tensors, metadata={METADATA_KEY: json.dumps(about)})
 
 
@@ -494,7 +559,7 @@ def _finish(folder: Path, index: dict[str, Any]) -> list[dict[str, Any]] | None:
     shards = range(_num_shards(index))
     if not all(_shard_path(folder, index, shard).exists() for shard in shards):
         return None
-    broken = [row for shard in shards for row in _open_shard(folder, index, shard)[1]]
+    broken = [row for shard in shards for row in _open_shard(folder, index, shard).broken]
     write_whole(folder / BROKEN_NAME, json.dumps(broken, indent=2).encode() + b"\n")
     if len(broken) == index["num_rows"]:
         raise ValueError(
@@ -510,9 +575,9 @@ def _finish(folder: Path, index: dict[str, Any]) -> list[dict[str, Any]] | None:
 
 class LatentCache:
     r"""
-    Latents that `cache_latents` wrote, memory-mapped: only the rows that are looked at are read.
+    Latents that `cache_latents` wrote: only the rows that are looked at are read.
 
-    It is pickled as the folder's name, so that the workers of a `DataLoader` map the files themselves.
+    It is pickled as the folder's name, so that the workers of a `DataLoader` open the files themselves.
 
     Args:
         folder (`str` or `Path`): As `cache_latents` wrote it.
@@ -521,7 +586,8 @@ class LatentCache:
         index (`dict`): What index.json says.
 
     Raises:
-        ValueError: If the folder is missing, unfinished, or a shard of it is truncated or another cache's.
+        ValueError: If the folder is missing, unfinished, or a shard of it is truncated, another cache's or another
+            shard's.
 
     Example:
 
@@ -535,21 +601,29 @@ class LatentCache:
         folder = Path(folder)
         index = _read_index(folder)
         shards = range(_num_shards(index))
-        if missing := [shard for shard in shards if not _shard_path(folder, index, shard).exists()]:
+        # One by one: a broken index may ask for more than a list can hold.
+        missing = next((shard for shard in shards if not _shard_path(folder, index, shard).exists()), None)
+        if missing is not None:
+            num_there = sum(1 for _ in folder.glob(f"latents-*-of-{len(shards):05d}.safetensors"))
             raise ValueError(
-                f"expected {len(shards)} shards of latents in {shorten(str(folder))}; {len(missing)} are missing, the "
-                f"first of them {_shard_path(folder, index, missing[0]).name}. {_how_to_finish(index)}"
+                f"expected {len(shards)} shards of latents in {shorten(str(folder))}; {len(shards) - num_there} are "
+                f"missing, the first of them {_shard_path(folder, index, missing).name}. {_how_to_finish(index)}"
             )
-        self.__setstate__({"folder": folder, "index": index})
-        for shard in shards:
-            _open_shard(folder, index, shard)
+        opened = (_open_shard(folder, index, shard) for shard in shards)
+        states = [(shard.size, shard.modified) for shard in opened]
+        self.__setstate__({"folder": folder, "index": index, "states": states})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "index": self.index}
+        return {"folder": self.folder, "index": self.index, "states": self._states}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.folder, self.index = state["folder"], state["index"]
-        open_shard = functools.partial(_open_shard, self.folder, self.index)
+        self.folder, self.index, self._states = state["folder"], state["index"], state["states"]
+
+        def open_shard(shard: int) -> _Shard:
+            # As it was at the start, whoever opens it.
+            size, modified = self._states[shard]
+            return replace(_open_shard(self.folder, self.index, shard), size=size, modified=modified)
+
         self._shard = functools.lru_cache(maxsize=MAX_OPEN_SHARDS)(open_shard)
 
     def __len__(self) -> int:
@@ -566,16 +640,16 @@ class LatentCache:
 
         Raises:
             BadRow: If the row's picture is broken.
+            ValueError: If its shard has changed since the cache was opened.
             IndexError: If there is no such row.
         """
         row = range(len(self))[index]
         shard, place = divmod(row, self.index["shard_size"])
-        tensors, broken = self._shard(shard)
-        if tensors["broken"][place]:
-            reason = next(entry["reason"] for entry in broken if entry["row"] == row)
+        opened = self._shard(shard)
+        if opened.is_broken[place]:
+            reason = next((entry["reason"] for entry in opened.broken if entry["row"] == row), "no reason is known.")
             raise BadRow(f"row {row} of {shorten(self.index['source'])} has no latents: {reason}")
-        # Copies: a view would drag its whole shard from a worker to the training.
-        return {kind: tensors[kind][place].clone() for kind in self.index["kinds"]}
+        return opened.read(place)
 
     @property
     def has_views(self) -> bool:

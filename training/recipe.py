@@ -29,6 +29,10 @@ from .trainer import MMARTrainingArguments
 # Given on the command line, whatever the recipe.
 REQUIRED = ("model", "data", "output_dir")
 FROZEN_DTYPES = ("float32", "bfloat16")
+# Of a YAML file, its anchors unfolded.
+MAX_YAML_NODES = 100_000
+# Largest count in a recipe, such as samples per step; beyond it lists of its divisors take minutes.
+MAX_COUNT = 2**31 - 1
 # Endings of a path that names files, and not a data set of the Hub.
 FILE_ENDINGS = (".parquet", ".tar", ".json", ".jsonl")
 YAML_ENDINGS = (".yaml", ".yml")
@@ -75,8 +79,10 @@ class DataArguments:
             )
         for name in ("diffusion_batch_mul", "shuffle_buffer", "total_batch_size", "num_eval_samples"):
             value, may_be_none = getattr(self, name), name in ("total_batch_size", "num_eval_samples")
-            if (type(value) is not int or value < 1) and not (may_be_none and value is None):
-                raise ValueError(f"`{name}` must be an integer of at least 1; got {shorten(value)}.")
+            if (type(value) is not int or not 1 <= value <= MAX_COUNT) and not (may_be_none and value is None):
+                is_large = type(value) is int and value > MAX_COUNT
+                limit = f"at most {MAX_COUNT}" if is_large else "at least 1"
+                raise ValueError(f"`{name}` must be an integer of {limit}; got {shorten(value)}.")
         by_number = {
             "latents": self.latents is not None,
             "mask_ratio_per_batch": self.mask_ratio_per_batch,
@@ -116,7 +122,7 @@ class SourceArguments:
             value, may_be_none = getattr(self, key), key in ("image_folder", "latents")
             if not (isinstance(value, str) and value.strip()) and not (may_be_none and value is None):
                 raise ValueError(f"`{key}` of a source must be a text; got {shorten(value)}.")
-        where = f"of the source {self.name!r}"
+        where = f"of the source {shorten(self.name)}"
         if not _are_numbers([self.weight]) or not 0 < self.weight < math.inf:
             raise ValueError(
                 f"`weight` {where} must be a number above 0; got {shorten(self.weight)}. Drop unused sources."
@@ -180,7 +186,7 @@ def parse(arguments: list[str]) -> tuple[DataArguments, MMARTrainingArguments]:
         key, found, value = argument.partition("=")
         if not found:
             raise ValueError(f"expected key=value after the recipe; got {shorten(argument)}.")
-        values[key] = _yaml(value, key)
+        values[key] = read_yaml(value, key)
     # Not the fields' own types, which HfArgumentParser changes.
     parts = (DataArguments, MMARTrainingArguments)
     kinds = {f.name: get_type_hints(part)[f.name] for part in parts for f in dataclasses.fields(part)}
@@ -206,7 +212,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: If it is no such file, or has a key twice.
     """
-    values = _yaml(_read(path), str(path))
+    values = read_yaml(_read(path), str(path))
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ValueError(f"expected a recipe of `key: value` lines in {path}; got a {type(values).__name__}.")
@@ -293,11 +299,43 @@ def _read(path: str | Path) -> str:
         ) from error
 
 
-def _yaml(text: str, name: str) -> Any:
+def read_yaml(text: str, name: str) -> Any:
+    r"""
+    Args:
+        text (`str`): YAML; keys that are given twice, and tags that name Python objects, are refused.
+        name (`str`): Where it is from, for the message.
+
+    Returns:
+        The values.
+
+    Raises:
+        ValueError: If it is no YAML, is nested too deep, or unfolds by its anchors to more than `MAX_YAML_NODES`.
+    """
     try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
+        loader = _UniqueKeyLoader(text)
+        node = loader.get_single_node()
+        num_nodes = 0 if node is None else _num_nodes(node, {})
+        if num_nodes <= MAX_YAML_NODES:
+            return None if node is None else loader.construct_document(node)
+    # ValueError: such as a date that there is not.
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"expected YAML in {shorten(name)}; it cannot be read ({shorten(error)}).") from error
+    except RecursionError as error:
+        raise ValueError(f"expected YAML in {shorten(name)}; it is nested too deep. Flatten it.") from error
+    raise ValueError(
+        f"expected at most {MAX_YAML_NODES} values in {shorten(name)}; its anchors unfold to more. Write them out, or "
+        "drop some."
+    )
+
+
+def _num_nodes(node: yaml.Node, counted: dict[int, float]) -> float:
+    """Values that a node unfolds to, with those of its anchors each time; infinity if one holds itself."""
+    if id(node) not in counted:
+        counted[id(node)] = math.inf
+        inner = node.value if isinstance(node, yaml.CollectionNode) else []
+        pairs = [part for entry in inner for part in (entry if isinstance(entry, tuple) else (entry,))]
+        counted[id(node)] = 1 + sum(_num_nodes(part, counted) for part in pairs)
+    return counted[id(node)]
 
 
 def _typed(name: str, value: Any, kind: Any) -> Any:
@@ -317,7 +355,7 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
     if expected is None or (str in kinds and value is not None):
         return value
     if expected is float and not isinstance(value, bool):
-        with contextlib.suppress(TypeError, ValueError):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
             return float(value)
     elif type(value) is expected or (expected is int and float in kinds and type(value) is float):
         return value
@@ -370,7 +408,7 @@ def read_sources(
             f"`latents` are those of a single source; {data} lists several. Write `latents: FOLDER` beside the `path` "
             "that it belongs to."
         )
-    entries = _yaml(_read(data), data)
+    entries = read_yaml(_read(data), data)
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"expected a list of sources, each with a `- path:`, in {data}; got {shorten(entries)}.")
     sources = [_source(entry, number, Path(data)) for number, entry in enumerate(entries, start=1)]

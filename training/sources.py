@@ -846,15 +846,17 @@ def _expand(path: str) -> list[str]:
     return files
 
 
-def _expand_braces(path: str) -> list[str]:
+def _expand_braces(path: str) -> Iterator[str]:
+    """One by one: of a range of a million names the first that is missing is refused, and no list is made of them."""
     found = BRACES.search(path)
     if found is None:
-        return [path]
+        yield path
+        return
     first, last = found.groups()
     if int(first) > int(last):
         raise ValueError(f"expected a rising range in {shorten(path)}; got {found.group()}. Turn it round.")
-    numbers = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
-    return [file for n in numbers for file in _expand_braces(path[: found.start()] + n + path[found.end() :])]
+    for number in range(int(first), int(last) + 1):
+        yield from _expand_braces(f"{path[: found.start()]}{number:0{len(first)}d}{path[found.end() :]}")
 
 
 def _check_parquet(files: Sequence[str], columns: dict[str, str | None], name: str) -> None:

@@ -1,8 +1,10 @@
 """`MMARTrainer`: transformers' `Trainer` with exact losses and batches, EMA, and the frozen parts frozen."""
 
 import contextlib
+import dataclasses
 import json
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -111,9 +113,13 @@ class MMARTrainingArguments(TrainingArguments):
         # transformers refuses bf16 on a CPU that was not asked for by name.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if isinstance(self.learning_rate_scales, str):
-            with contextlib.suppress(json.JSONDecodeError):
+            with contextlib.suppress(json.JSONDecodeError, RecursionError):
                 self.learning_rate_scales = json.loads(self.learning_rate_scales)
         super().__post_init__()
+        for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"`{entry.name}` must be finite; got {value!r}.")
         installed = get_available_reporting_integrations()
         # Of Flyte transformers does not say whether it is there.
         if missing := [str(name) for name in self.report_to if name not in (*installed, "flyte")]:

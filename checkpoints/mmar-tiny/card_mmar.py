@@ -306,7 +306,7 @@ def read_evaluation(path: str | Path) -> dict[str, Any]:
     """Reads what an evaluation wrote; raises a `ValueError` if it is no JSON or lacks what a card needs."""
     try:
         evaluation = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"expected the result of an evaluation in {shorten(str(path))}; {shorten(error)}.") from error
     if not isinstance(evaluation, dict):
         raise ValueError(f"expected the result of an evaluation in {shorten(str(path))}; got {shorten(evaluation)}.")

@@ -1,5 +1,6 @@
 """MMAR configuration. Defaults are MMAR-0.5B (arXiv 2410.10798, suppl. Table 5)."""
 
+import math
 import reprlib
 from collections.abc import Iterable
 from copy import deepcopy
@@ -50,6 +51,14 @@ QWEN2_0_5B_CONFIG = {
 # The paper's protocol: one token per step, 100 DDPM steps each (Sec. 4.6), guidance 10 (suppl. Sec. 6.5).
 PAPER_IMAGE_GENERATION = {"num_ar_steps": 256, "num_inference_steps": 100, "guidance_scale": 10.0}
 
+# What a stored config must hold, and the entries of it: the defaults of another model would give another image.
+NEEDED_ENTRIES = {
+    "image_generation": set(PAPER_IMAGE_GENERATION),
+    "diffusion_config": {"prediction_type", "num_train_timesteps"},
+    "vae_config": {"block_out_channels", "latent_channels"},
+    "plora_alpha": set(),
+}
+
 FROZEN_PARTS = ("backbone", "vae")
 FROZEN_WEIGHTS = ("included", "referenced")
 PREDICTION_TYPES = ("v_prediction", "epsilon")
@@ -70,6 +79,12 @@ CUSTOM_PIPELINES = {
         "type": "multimodal",
     }
 }
+
+
+def _check_floats(config: PreTrainedConfig) -> None:
+    for name in ("mlp_ratio", "layer_norm_eps", "initializer_range"):
+        if not 0 < (value := getattr(config, name, 1.0)) < math.inf:
+            raise ValueError(f"`{name}` of `{config.base_config_key}` must be above 0 and finite; got {value!r}.")
 
 
 @strict
@@ -99,6 +114,7 @@ class MMARViTConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         super().validate_architecture()
+        _check_floats(self)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"`hidden_size` ({self.hidden_size}) of `vit_config` must be a multiple of its "
@@ -138,6 +154,7 @@ class MMARDiffusionConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         super().validate_architecture()
+        _check_floats(self)
         if self.prediction_type not in PREDICTION_TYPES:
             raise ValueError(
                 f"`prediction_type` must be one of {', '.join(PREDICTION_TYPES)}; got {shorten(self.prediction_type)}."
@@ -221,6 +238,27 @@ class MMARConfig(PreTrainedConfig):
         # The backbone decides: transformers ties weights by the outer config.
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        r"""
+        A configuration from a dictionary, such as a config.json holds; see `PreTrainedConfig.from_dict`.
+
+        Raises:
+            ValueError: If an entry is missing without which the model would generate another image in silence.
+        """
+        for name, needed in NEEDED_ENTRIES.items():
+            if name in kwargs:
+                continue
+            value = config_dict.get(name)
+            value = value.to_dict() if isinstance(value, PreTrainedConfig) else value
+            if value is None or (needed and not (isinstance(value, dict) and needed <= value.keys())):
+                entries = f", with {', '.join(sorted(needed))}," if needed else ""
+                raise ValueError(
+                    f"`{name}` must stand in a stored config{entries} whose image would be another without; got "
+                    f"{shorten(value)}. Copy config.json again, or complete it."
+                )
+        return super().from_dict(config_dict, **kwargs)
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration as a dictionary, with the entries by which transformers finds MMAR's code."""
         output = super().to_dict()
@@ -273,6 +311,7 @@ class MMARConfig(PreTrainedConfig):
                 f"`vae_config` must be the whole config of an AutoencoderKL; {', '.join(missing)} missing. Take "
                 "`dict(vae.config)` of the trained VAE."
             )
+        _check_latent_scale(self.vae_config)
         if self.image_size < 1 or self.image_size % self.vae_scale_factor:
             raise ValueError(
                 f"`image_size` ({self.image_size}) must be a multiple of {self.vae_scale_factor}, the downsampling of "
@@ -290,7 +329,7 @@ class MMARConfig(PreTrainedConfig):
                     f"`image_generation[{shorten(name)}]` must be an integer of at least 1; got {shorten(value)}."
                 )
         scale = self.image_generation["guidance_scale"]
-        if not isinstance(scale, (int, float)) or not 0 <= scale < float("inf"):
+        if type(scale) not in (int, float) or not 0 <= scale < math.inf:
             raise ValueError(
                 f"`image_generation['guidance_scale']` must be a finite number of at least 0; got {shorten(scale)}."
             )
@@ -304,10 +343,37 @@ class MMARConfig(PreTrainedConfig):
             raise ValueError("`frozen_weights` is 'referenced', but `frozen_parts` names no part; name the parts.")
         if self.plora_rank < 1:
             raise ValueError(f"`plora_rank` must be at least 1; got {self.plora_rank}.")
+        if not 0 < self.plora_alpha < math.inf:
+            raise ValueError(f"`plora_alpha` must be above 0 and finite; got {self.plora_alpha!r}.")
         if not 0 <= self.image_token_id < self.text_config.vocab_size:
             raise ValueError(
                 f"`image_token_id` ({self.image_token_id}) must lie inside `text_config.vocab_size` "
                 f"({self.text_config.vocab_size}), so that no embedding row has to be added."
+            )
+
+
+def _check_latent_scale(vae_config: dict[str, Any]) -> None:
+    """Raises a `ValueError` if shift and scale of the latents are incomplete, or no numbers."""
+
+    def is_number(value: Any) -> bool:
+        return type(value) in (int, float) and math.isfinite(value)
+
+    scale, shift = vae_config.get("scaling_factor", 1.0), vae_config.get("shift_factor")
+    if not is_number(scale) or scale <= 0:
+        raise ValueError(f"`vae_config['scaling_factor']` must be above 0 and finite; got {shorten(scale)}.")
+    if shift is not None and not is_number(shift):
+        raise ValueError(f"`vae_config['shift_factor']` must be finite, or None; got {shorten(shift)}.")
+    given = {name: vae_config.get(name) for name in ("latents_mean", "latents_std")}
+    if all(values is None for values in given.values()):
+        return
+    num_channels = vae_config.get("latent_channels")
+    for name, values in given.items():
+        numbers = isinstance(values, (list, tuple)) and all(map(is_number, values))
+        if not numbers or len(values) != num_channels or (name == "latents_std" and min(values) <= 0):
+            kind = "finite numbers above 0" if name == "latents_std" else "finite numbers"
+            raise ValueError(
+                f"`vae_config[{name!r}]` must be {num_channels} {kind}, one per channel, where latents are scaled by "
+                f"channel; got {shorten(values)}. Measure the scale again, or copy the VAE's config."
             )
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from diffusers import AutoencoderKL
-from helpers import tiny_config
-from huggingface_hub.errors import StrictDataclassClassValidationError
-from transformers import AutoConfig, Qwen2Config
+from helpers import tiny_config, tiny_model
+from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassError
+from transformers import AutoConfig, AutoModel, Qwen2Config
 
 from mmar.modeling_mmar.configuration_mmar import (
     KL16_CONFIG,
@@ -21,6 +21,7 @@ from mmar.modeling_mmar.configuration_mmar import (
     shorten,
     shorten_names,
 )
+from mmar.modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -220,3 +221,74 @@ def test_values_in_messages_are_short():
     assert shorten_names(["a", "b"]) == "a, b"
     assert shorten_names("n" * 40).endswith("n, and 10 more")
     assert len(shorten_names(["n" * 10**6] * 10**4)) < 2000
+
+
+def without(values, *path):
+    *above, last = path
+    inner = values
+    for name in above:
+        inner = inner[name]
+    del inner[last]
+    return values
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("image_generation",),
+        ("image_generation", "guidance_scale"),
+        ("image_generation", "num_ar_steps"),
+        ("diffusion_config",),
+        ("diffusion_config", "prediction_type"),
+        ("diffusion_config", "num_train_timesteps"),
+        ("vae_config",),
+        ("plora_alpha",),
+    ],
+    ids=".".join,
+)
+@pytest.mark.parametrize("open_config", [MMARConfig.from_pretrained, AutoConfig.from_pretrained])
+def test_a_stored_config_without_what_decides_the_image_is_refused(tmp_path, path, open_config):
+    tiny_config().save_pretrained(tmp_path)
+    assert open_config(tmp_path).image_generation["guidance_scale"] == 3.0
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(without(json.loads(file.read_text()), *path)))
+    with pytest.raises(ValueError, match=f"`{path[0]}` must stand in a stored config"):
+        open_config(tmp_path)
+
+
+def test_a_stored_model_without_its_latent_scale_is_refused(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(without(json.loads(file.read_text()), "vae_config", "scaling_factor")))
+    for open_model in (MMARForConditionalGeneration.from_pretrained, AutoModel.from_pretrained):
+        with pytest.raises(ValueError, match="`vae_config` must hold `scaling_factor`"):
+            open_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"plora_alpha": -8.0}, "plora_alpha"),
+        ({"plora_alpha": 0.0}, "plora_alpha"),
+        ({"plora_alpha": float("nan")}, "plora_alpha"),
+        ({"plora_alpha": float("inf")}, "plora_alpha"),
+        ({"vae_config": {"latents_mean": [0.0] * 4}}, "latents_std"),
+        ({"vae_config": {"latents_std": [1.0] * 4}}, "latents_mean"),
+        ({"vae_config": {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 3}}, "latents_std"),
+        ({"vae_config": {"latents_mean": [0.0] * 4, "latents_std": [1.0, 1.0, 1.0, -1.0]}}, "latents_std"),
+        ({"vae_config": {"latents_mean": [0.0, 0.0, 0.0, float("nan")], "latents_std": [1.0] * 4}}, "latents_mean"),
+        ({"vae_config": {"latents_mean": 0.0, "latents_std": 1.0}}, "latents_mean"),
+        ({"vae_config": {"scaling_factor": -1.5}}, "scaling_factor"),
+        ({"vae_config": {"scaling_factor": float("inf")}}, "scaling_factor"),
+        ({"vae_config": {"scaling_factor": None}}, "scaling_factor"),
+        ({"vae_config": {"shift_factor": float("nan")}}, "shift_factor"),
+        ({"vit_config": {"layer_norm_eps": float("nan")}}, "layer_norm_eps"),
+        ({"vit_config": {"mlp_ratio": float("inf")}}, "mlp_ratio"),
+        ({"diffusion_config": {"layer_norm_eps": -1.0}}, "layer_norm_eps"),
+        ({"image_generation": {"guidance_scale": float("nan")}}, "guidance_scale"),
+        ({"image_generation": {"guidance_scale": True}}, "guidance_scale"),
+    ],
+)
+def test_values_that_give_another_image_are_refused(changes, name):
+    with pytest.raises((ValueError, StrictDataclassError), match=name):
+        tiny_config(**changes)

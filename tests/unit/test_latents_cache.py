@@ -8,6 +8,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,7 +19,7 @@ from helpers import tiny_model
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from squares import make_processor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from mmar.command import run_command
 from mmar.modeling_mmar.modeling_mmar import MMARForConditionalGeneration
@@ -547,3 +548,80 @@ def test_the_command_takes_pictures_of_another_folder(tmp_path, model, processor
     latents.main()
     cache = LatentCache(tmp_path / "out")
     assert len(cache) == 3 and f"--image_folder {tmp_path / 'pictures'}" in cache.index["command"]
+
+
+def test_a_shard_under_the_number_of_another_is_refused(tmp_path, model, processor, capsys):
+    rows = make_rows(8)
+    encode(rows, model, processor, tmp_path)
+    first, second = (tmp_path / f"latents-0000{i}-of-00002.safetensors" for i in range(2))
+    expected = contents(tmp_path)
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(ValueError, match=f"expected shard 1 of these latents at .*{second.name}'"):
+        LatentCache(tmp_path)
+    # The command writes it again.
+    encode(rows, model, processor, tmp_path)
+    assert f"{second} is broken" in capsys.readouterr().err and contents(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: os.truncate(path, path.stat().st_size // 2),
+        lambda path: os.truncate(path, 0),
+        lambda path: path.write_bytes(bytes(path.stat().st_size)),
+        lambda path: path.unlink(),
+        lambda path: path.write_bytes(path.with_name("latents-00000-of-00003.safetensors").read_bytes()),
+    ],
+    ids=["cut", "empty", "zeros", "removed", "another shard"],
+)
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_shard_that_changes_while_it_is_read_ends_it_with_one_line(tmp_path, model, processor, spoil, num_workers):
+    """In place, under the eyes of a reader that has it open; a mapped file would end the process, or give zeros."""
+    encode(make_rows(10), model, processor, tmp_path)
+    cache = LatentCache(tmp_path)
+    assert cache[5]["picture"].any()
+    spoil(tmp_path / "latents-00001-of-00003.safetensors")
+
+    def read():
+        list(DataLoader(Subset(cache, [0, 5]), batch_size=None, num_workers=num_workers))
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(read)
+    assert ended.value.code.startswith("error: expected ")
+    assert "latents-00001-of-00003.safetensors" in ended.value.code and "\n" not in ended.value.code
+    assert cache[0]["picture"].any() and cache[9]["picture"].any()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_rows": 10**12},
+        {"num_rows": 10**12, "shard_size": 1},
+        {"num_rows": 10**30},
+        {"num_rows": -1},
+        {"num_rows": "10"},
+        {"num_rows": 10.0},
+        {"shard_size": 0},
+        {"latent_shape": [4, 4]},
+        {"latent_shape": 4},
+        {"latent_shape": [4, 4, 10**12]},
+        {"kinds": {}},
+        {"kinds": {"picture": 0}},
+        {"kinds": ["picture"]},
+    ],
+    ids=str,
+)
+def test_an_index_that_is_broken_is_refused_at_once(tmp_path, model, processor, change):
+    encode(make_rows(6), model, processor, tmp_path)
+    file = tmp_path / "index.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="expected|must be"):
+        LatentCache(tmp_path)
+    assert time.monotonic() - start < 5
+
+
+def test_an_index_that_is_nested_too_deep_is_refused(tmp_path):
+    (tmp_path / "index.json").write_text("[" * 10**5 + "]" * 10**5)
+    with pytest.raises(ValueError, match="expected JSON in .*index.json"):
+        LatentCache(tmp_path)

@@ -578,3 +578,13 @@ def test_qwen2_tokenizer(tmp_path):
     processor.save_pretrained(tmp_path / "a")
     MMARProcessor.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
     assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+@pytest.mark.parametrize("template", ["{{ 'Generate an image:' }}", "{% for message in messages %}a{% endfor %}"])
+def test_a_chat_template_without_the_text_is_refused(tmp_path, template):
+    with pytest.raises(ValueError, match="`chat_template` must write the user's text"):
+        make_processor(chat_template=template)
+    make_processor().save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    with pytest.raises(ValueError, match="`chat_template` must write the user's text"):
+        MMARProcessor.from_pretrained(tmp_path)

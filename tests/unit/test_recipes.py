@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -486,3 +487,74 @@ def test_long_values_and_keys_are_shortened(tmp_path):
         with pytest.raises(ValueError) as info:
             read_sources(str(tmp_path / "mix.yaml"))
         assert len(str(info.value)) < 2000, entry[:30]
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 40)
+)
+MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}\n" for i in range(1, 60))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB, "at most 100000 values"),
+        (f"- path: a\n  columns: *none\n{BOMB}", "expected YAML"),
+        ("- &a [*a]", "at most 100000 values"),
+        (MERGES, "at most 100000 values"),
+        ("[" * 10**5 + "]" * 10**5, "nested too deep"),
+        ("{a: " * 10**4 + "}" * 10**4, "nested too deep"),
+        ("- path: 2024-99-99", "expected YAML"),
+        ("- path: " + "9" * 10**4, "expected YAML"),
+        ("- path: \x00", "expected YAML"),
+    ],
+    ids=["anchors", "unknown anchor", "itself", "merges", "lists", "dicts", "date", "digits", "control character"],
+)
+@pytest.mark.parametrize("as_recipe", [True, False])
+def test_yaml_that_would_hang_or_break_is_refused_at_once(tmp_path, text, message, as_recipe):
+    file = tmp_path / "a.yaml"
+    file.write_text(text)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=message) as error:
+        parse([str(file)]) if as_recipe else read_sources(str(file))
+    assert time.monotonic() - start < 30 and len(str(error.value)) < 1000
+
+
+def test_anchors_are_read(tmp_path):
+    file = tmp_path / "sources.yaml"
+    file.write_text("- &one {path: a.parquet, columns: {image: jpg}}\n- {<<: *one, path: b.parquet}\n")
+    assert [source.columns for source in read_sources(str(file))] == [{"image": "jpg"}] * 2
+
+
+@pytest.mark.parametrize(
+    ("override", "name"),
+    [
+        ("max_grad_norm=.nan", "max_grad_norm"),
+        ("learning_rate=.inf", "learning_rate"),
+        ("learning_rate=nan", "learning_rate"),
+        ("weight_decay=.nan", "weight_decay"),
+        ("adam_epsilon=-.inf", "adam_epsilon"),
+        ("adam_beta2=.nan", "adam_beta2"),
+        ("warmup_steps=.nan", "warmup_steps"),
+        ("ema_decay=.nan", "ema_decay"),
+        ("image_loss_weight=.nan", "image_loss_weight"),
+        ("swap_rate=.nan", "swap_rate"),
+        ("mask_ratio_min=.nan", "mask_ratio_min"),
+        ("task_weights=[.nan, 1, 1]", "task_weights"),
+        ("task_weights=[.inf, 1, 1]", "task_weights"),
+        ("learning_rate_phases=[1, .nan]", "learning_rate_phases"),
+        ("learning_rate_scales={diffusion_mlp: .nan}", "learning_rate_scales"),
+        ("num_train_epochs=.nan", "num_train_epochs"),
+        (f"learning_rate={'9' * 400}", "learning_rate"),
+        (f"total_batch_size={10**12}", "total_batch_size"),
+        (f"num_eval_samples={10**12}", "num_eval_samples"),
+    ],
+)
+def test_settings_that_are_not_finite_or_endless_are_refused(tmp_path, override, name):
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        read("mmar_0_5b_stage1", tmp_path, override)
+
+
+def test_arguments_that_are_not_finite_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="`max_grad_norm` must be finite; got nan"):
+        MMARTrainingArguments(output_dir=str(tmp_path), max_grad_norm=float("nan"))

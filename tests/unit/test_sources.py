@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import tarfile
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -860,3 +861,14 @@ def test_real_data():
     assert chats[3]["messages"][0] == {"role": "user", "content": [IMAGE, text("他们是谁？")]}
     with pytest.raises(ValueError, match="none of the first 90 can be used"):
         open_source(SHARED / "components/llava/qa90_questions.jsonl")
+
+
+@pytest.mark.parametrize(
+    "pattern", ["a-{0..99999999}.tar", "a-{0..99999999}{0..99999999}.parquet", "{1..9999999999999}.jsonl"]
+)
+@pytest.mark.parametrize("open_rows", [open_source, open_stream])
+def test_an_endless_range_is_refused_at_its_first_missing_file(tmp_path, pattern, open_rows):
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="expected (a file at|parquet files)"):
+        open_rows(tmp_path / pattern)
+    assert time.monotonic() - start < 5
