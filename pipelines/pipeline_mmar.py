@@ -18,7 +18,7 @@ from diffusers.utils import BaseOutput
 from huggingface_hub import CommitInfo
 from PIL import Image
 from torch import Tensor
-from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -43,8 +43,22 @@ class MMARPipelineOutput(BaseOutput):
 _TRUST_REMOTE_CODE = __name__.startswith("diffusers_modules.")
 
 
+class MMARConfigLoader:
+    """Loads the config of the pipeline's model from the root of its folder."""
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike, subfolder: str | None = None, **kwargs):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=_TRUST_REMOTE_CODE)
+
+
 class MMARModelLoader(PreTrainedModel):
     """Loads the pipeline's model from the root of its folder, through the one door that finds its class."""
+
+    # With these two diffusers makes an empty model, to see how large it is, for `device_map="balanced"`.
+    config_class = MMARConfigLoader
+
+    def __new__(cls, config: PreTrainedConfig):
+        return AutoModel.from_config(config, trust_remote_code=_TRUST_REMOTE_CODE)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, dtype: torch.dtype | str | None = None, **kwargs):

@@ -59,8 +59,9 @@ class MMARTextToImagePipeline(Pipeline):
             **kwargs: See the class.
 
         Returns:
-            One `PIL.Image.Image` for a string, a list of them for a list; with `output_type` "np" arrays `(H, W, 3)`,
-            with "pt" tensors `(3, H, W)`, both in [0, 1].
+            One `PIL.Image.Image` for a string, a list of them for a list, and with `num_images_per_prompt` above 1 a
+            list of so many in the place of each; with `output_type` "np" arrays `(H, W, 3)`, with "pt" tensors
+            `(3, H, W)`, both in [0, 1], and so many of them on a first axis.
 
         Raises:
             ValueError: For arguments outside their range; see `MMARForConditionalGeneration.generate_images`.
@@ -76,10 +77,14 @@ class MMARTextToImagePipeline(Pipeline):
         return images if isinstance(inputs, list) else images[0]
 
     def _sanitize_parameters(
-        self, negative_prompt: str | None = None, output_type: str | None = None, **kwargs
+        self,
+        negative_prompt: str | None = None,
+        output_type: str | None = None,
+        num_images_per_prompt: int | None = None,
+        **kwargs,
     ) -> tuple[dict, dict, dict]:
         if unknown := sorted(kwargs.keys() - set(GENERATION_ARGUMENTS)):
-            known = ", ".join(("negative_prompt", "output_type", *GENERATION_ARGUMENTS))
+            known = ", ".join(("negative_prompt", "output_type", "num_images_per_prompt", *GENERATION_ARGUMENTS))
             raise ValueError(f'"text-to-image" knows the arguments {known}; got {", ".join(unknown)}. Drop them.')
         if output_type not in (None, *OUTPUT_TYPES):
             raise ValueError(
@@ -89,6 +94,13 @@ class MMARTextToImagePipeline(Pipeline):
             raise ValueError(
                 "`generator` must be one `torch.Generator` of the pipeline; got a list. Give it to a call."
             )
+        count = num_images_per_prompt
+        if count is not None:
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ValueError(
+                    f"`num_images_per_prompt` must be an integer of at least 1; got {reprlib.repr(count)}."
+                )
+            kwargs["num_images_per_prompt"] = count
         preprocess = {} if negative_prompt is None else {"negative_prompt": negative_prompt}
         postprocess = {} if output_type is None else {"output_type": output_type}
         return preprocess, kwargs, postprocess
@@ -97,11 +109,16 @@ class MMARTextToImagePipeline(Pipeline):
         # Rows with and without guidance look alike, and can be batched.
         return dict(self.processor.generation_inputs([prompt], [negative_prompt]))
 
-    def _forward(self, model_inputs: dict[str, Tensor], **kwargs) -> dict[str, Tensor]:
-        return {"images": self.model.generate_images(**model_inputs, **kwargs)}
+    def _forward(self, model_inputs: dict[str, Tensor], num_images_per_prompt: int = 1, **kwargs) -> dict[str, Tensor]:
+        count = num_images_per_prompt
+        inputs = {name: value.repeat_interleave(count, dim=0) for name, value in model_inputs.items()}
+        images = self.model.generate_images(**inputs, **kwargs)
+        # (B * count, 3, H, W) -> (B, count, 3, H, W), since transformers cuts batches up along the first axis.
+        return {"images": images.unflatten(0, (-1, count))}
 
     def postprocess(self, model_outputs: dict[str, Tensor], output_type: str = "pil") -> Any:
-        return self.processor.postprocess(model_outputs["images"], output_type=output_type)[0]
+        images = self.processor.postprocess(model_outputs["images"][0], output_type=output_type)
+        return images[0] if len(images) == 1 else images
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         r"""

@@ -24,6 +24,8 @@ from typing import Any
 
 import datasets
 import fsspec
+import numpy as np
+import torch
 from huggingface_hub import constants
 from PIL import Image
 
@@ -329,6 +331,10 @@ def _picture(value: Any, folder: str | Path | None, name: str) -> bytes | str | 
     if isinstance(value, dict):
         # As `datasets` stores pictures.
         value = value.get("bytes") or value.get("path") or b""
+    if isinstance(value, (np.ndarray, torch.Tensor)):
+        return _open_picture(value)
+    if isinstance(value, (bytearray, memoryview)) or hasattr(value, "read"):
+        return read_image_file(value, places=False)
     if not isinstance(value, str) or not value:
         return value
     if value[:5].lower() == "data:":
@@ -392,7 +398,7 @@ def _read_archived(url: str, folder: str | Path | None, name: str) -> bytes:
 
 
 def _check_picture(picture: Any, name: str) -> None:
-    if isinstance(picture, Image.Image) or (isinstance(picture, bytes) and picture):
+    if isinstance(picture, (Image.Image, np.ndarray, torch.Tensor)) or (isinstance(picture, bytes) and picture):
         return
     if isinstance(picture, (str, Path)) and str(picture):
         if os.path.isfile(picture):

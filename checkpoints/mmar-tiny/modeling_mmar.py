@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +22,15 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, ModelOutput, is_tracing
+from transformers.utils import (
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    ModelOutput,
+    find_adapter_config_file,
+    is_peft_available,
+    is_tracing,
+)
 
 from .card_mmar import card_for, count_parameters, make_model_card
 from .hub_mmar import export_remote_code
@@ -491,14 +500,16 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         **kwargs,
     ):
         r"""
-        Loads a model; see `PreTrainedModel.from_pretrained`. Frozen parts that it keeps by reference are fetched and
-        joined.
+        Loads a model, or an adapter of peft on the model that it names; see `PreTrainedModel.from_pretrained`. Frozen
+        parts that the model keeps by reference are fetched and joined.
 
         Raises:
             ValueError: If weights are missing: a file of a local folder, a part that is named by reference, or tensors
                 in the files. Only what a subclass adds to the class that was saved is initialized at random.
         """
         path = pretrained_model_name_or_path
+        if path is not None and is_peft_available():
+            path, kwargs = _base_of_adapter(path, kwargs)
         if path is not None:
             _check_weights_files(Path(path, kwargs.get("subfolder") or ""), kwargs.get("variant"))
         if kwargs.get("quantization_config") is not None:
@@ -1391,6 +1402,27 @@ def _check_tensors(tensors: dict[str, Any], vocab_size: int) -> None:
                     + (f", or {allowed}" if allowed else "")
                     + f"; got {int(values[wrong][0])}. Take tokenizer and model from one folder."
                 )
+
+
+def _base_of_adapter(path: str | os.PathLike, kwargs: dict[str, Any]) -> tuple[str | os.PathLike, dict[str, Any]]:
+    """Of an adapter's folder or repository the model that it names, and the arguments that load the adapter on it."""
+    adapter_kwargs = dict(kwargs.get("adapter_kwargs") or {})
+    if "_adapter_model_path" in adapter_kwargs:
+        return path, kwargs  # an auto class has been here
+    where = {name: kwargs[name] for name in (*DOWNLOAD_ARGUMENTS, "revision", "subfolder") if name in kwargs}
+    file = find_adapter_config_file(path, **{**where, **adapter_kwargs})
+    if file is None or os.path.isfile(os.path.join(path, CONFIG_NAME)):
+        return path, kwargs
+    base = json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"`base_model_name_or_path` in {shorten(str(file))} must name the adapter's model; got none. Load the "
+            "model, and the adapter with `load_adapter`."
+        )
+    adapter_kwargs |= {name: kwargs[name] for name in ("revision", "subfolder", "token") if name in kwargs}
+    adapter_kwargs["_adapter_model_path"] = path
+    kwargs = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
+    return base, {**kwargs, "adapter_kwargs": adapter_kwargs}
 
 
 def _check_weights_files(folder: Path, variant: str | None = None) -> None:
