@@ -558,3 +558,13 @@ def test_settings_that_are_not_finite_or_endless_are_refused(tmp_path, override,
 def test_arguments_that_are_not_finite_are_refused(tmp_path):
     with pytest.raises(ValueError, match="`max_grad_norm` must be finite; got nan"):
         MMARTrainingArguments(output_dir=str(tmp_path), max_grad_norm=float("nan"))
+
+
+@pytest.mark.parametrize("tag", ["!!python/object/apply:os.system", "!!python/name:os.system", "!!python/module:os"])
+@pytest.mark.parametrize("as_recipe", [True, False])
+def test_tags_that_name_python_objects_are_refused(tmp_path, tag, as_recipe):
+    file = tmp_path / "a.yaml"
+    file.write_text(f"- path: {tag} [touch {tmp_path / 'ran'}]\n")
+    with pytest.raises(ValueError, match="expected YAML"):
+        parse([str(file)]) if as_recipe else read_sources(str(file))
+    assert not (tmp_path / "ran").exists()
