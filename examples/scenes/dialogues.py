@@ -14,8 +14,8 @@ from .world import WORLD, Mix, Scene, held_out, sample_scene
 IMAGE_REQUEST = "Generate an image: {caption}"
 NULL_REQUEST = "Generate an image:"
 # Shares of the kinds of dialogues.
-SHARES = {"read": 0.4, "generate": 0.27, "unconditional": 0.03, "edit": 0.15, "chat": 0.15}
-MAX_QUESTIONS = 4
+SHARES = {"read": 0.5, "generate": 0.2, "unconditional": 0.02, "edit": 0.14, "chat": 0.14}
+MAX_QUESTIONS = 6
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,26 @@ def sample_dialogue(generator: np.random.Generator, mix: Mix = WORLD, kind: str 
     return turns + _questions(edit.after, generator)
 
 
-def as_text(turns: list[Turn], generator: np.random.Generator) -> str:
-    """A dialogue in ChatML with notes in place of its images."""
-    texts = []
+def as_text(turns: list[Turn], generator: np.random.Generator) -> tuple[str, list[tuple[int, int]]]:
+    r"""
+    A dialogue in ChatML with notes in place of its images.
+
+    Args:
+        turns (`list[Turn]`): The dialogue.
+        generator (`np.random.Generator`): Of the notes' order.
+
+    Returns:
+        `tuple` of the text and where notes stand in turns of the user, first and last character each; what the user
+        shows cannot be predicted.
+    """
+    text, shown = "", []
     for turn in turns:
-        items = [notes(item, generator) if isinstance(item, Scene) else item for item in turn.items]
-        texts.append(f"<|im_start|>{turn.role}\n" + "\n".join(items) + "<|im_end|>\n")
-    return "".join(texts)
+        text += f"<|im_start|>{turn.role}\n"
+        for number, item in enumerate(turn.items):
+            text += "\n" if number > 0 else ""
+            words = notes(item, generator) if isinstance(item, Scene) else item
+            if isinstance(item, Scene) and turn.role == "user":
+                shown.append((len(text), len(text) + len(words)))
+            text += words
+        text += "<|im_end|>\n"
+    return text, shown

@@ -8,7 +8,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .world import BACKGROUNDS, COLORS, IMAGE_SIZE, INVERSE, KINDS, PLACES, RELATIONS, SIZES, Group, Scene
+from .world import (
+    BACKGROUNDS,
+    COLORS,
+    IMAGE_SIZE,
+    INVERSE,
+    KINDS,
+    PLACES,
+    RELATIONS,
+    SIZES,
+    Group,
+    Scene,
+    is_held_out_color,
+)
 
 
 PLURALS = {
@@ -208,11 +220,13 @@ def _existence(scene: Scene, group: Group, generator: np.random.Generator) -> tu
     is_there, says_color = generator.random(2) < 0.5
     kind, color = group.kind, group.color
     if not is_there:
-        present = {g.kind for g in scene.groups}
+        # Nothing that is held out is asked for in vain: a training would learn that it is never there.
         if says_color and generator.random() < 0.5:
-            color = _other(list(COLORS), {color}, generator)
+            excluded = {color} | {other for other in COLORS if is_held_out_color(kind, other)}
+            color = _other(list(COLORS), excluded, generator)
         else:
-            kind = _other(KINDS, present, generator)
+            excluded = {g.kind for g in scene.groups} | {other for other in KINDS if is_held_out_color(other, color)}
+            kind = _other(KINDS, excluded, generator)
     thing = Thing(kind, 1, color if says_color else None)
     return f"Is there {phrase(thing)}?", "yes" if is_there else "no"
 

@@ -210,9 +210,11 @@ def test_dialogues_alternate_and_have_notes_for_images():
         generator = np.random.default_rng(number)
         turns = sample_dialogue(generator)
         assert [turn.role for turn in turns] == ["user", "assistant"] * (len(turns) // 2)
-        text = as_text(turns, generator)
+        text, shown = as_text(turns, generator)
         assert text.count("<|im_start|>") == text.count("<|im_end|>") == len(turns)
         assert "background" in text
+        shows = sum(isinstance(item, Scene) for turn in turns if turn.role == "user" for item in turn.items)
+        assert len(shown) == shows and all("background" in text[first:last] for first, last in shown)
 
 
 def test_rows_are_functions_of_their_numbers():
