@@ -262,6 +262,10 @@ class MMARConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """The configuration as a dictionary, with the entries by which transformers finds MMAR's code."""
         output = super().to_dict()
+        for name in self.sub_configs:
+            # Loading gives the parts our dtype: saved before or after it, the file is the same.
+            if isinstance(output.get(name), dict) and output[name].get("dtype") is None and output.get("dtype"):
+                output[name]["dtype"] = output["dtype"]
         return {**output, "auto_map": dict(AUTO_MAP), "custom_pipelines": deepcopy(CUSTOM_PIPELINES)}
 
     @property
