@@ -217,7 +217,7 @@ class MMARTransfusionForConditionalGeneration(MMARForConditionalGeneration):
         if not isinstance(run.num_inference_steps, numbers.Integral):
             raise ValueError(
                 "`num_inference_steps` must be one integer, since the LLM draws in one round; got "
-                f"{shorten(run.num_inference_steps)}. Give it beside the preset, or take another preset."
+                f"{shorten(run.num_inference_steps)}. Give it together with the preset, or take another preset."
             )
         device, (batch, num_latents, channels) = run.tokens.device, run.tokens.shape
         scheduler = copy.deepcopy(run.scheduler)

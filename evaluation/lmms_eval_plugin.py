@@ -30,7 +30,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"lmms-eval cannot be imported: {shorten(error)}. Install it with `pip install lmms-eval` (see "
-        "docs/evaluation.md), in an environment of its own if its dependencies do not fit yours."
+        "docs/evaluation.md), in a separate environment if its dependencies do not fit yours."
     ) from error
 
 

@@ -52,7 +52,7 @@ try:
 except Exception as error:
     _message = (
         f"VLMEvalKit cannot be imported: {type(error).__name__}: {error}. Install it with `pip install ms-vlmeval` "
-        "(see docs/evaluation.md), in an environment of its own if its dependencies do not fit yours."
+        "(see docs/evaluation.md), in a separate environment if its dependencies do not fit yours."
     )
     raise (SystemExit(f"error: {_message}") if __name__ == "__main__" else ImportError(_message)) from error
 

@@ -153,7 +153,7 @@ def is_fulfilled(category: str, verdict: Score) -> bool:
 
 
 def generate(pipe: MMARPipeline, captions: list[str], first_seed: int, batch_size: int, **options) -> np.ndarray:
-    """Images of captions `(M, 64, 64, 3)`, 8 bits; each has a seed of its own."""
+    """Images of captions `(M, 64, 64, 3)`, 8 bits; each has its own seed."""
     made = []
     for start in range(0, len(captions), batch_size):
         part = captions[start : start + batch_size]

@@ -46,7 +46,7 @@ def tasks_of_batch(batch_size: int, weights: list[float]) -> list[int]:
 
 class SceneSamples(TrainingSamples):
     r"""
-    The samples of a training on scenes: each has a scene of its own, and is a pure function of its number.
+    The samples of a training on scenes: each has its own scene, and is a pure function of its number.
 
     Every batch has the same tasks and one mask ratio, in steps of `MASK_RATIO_STEP`, so that its tensors have few
     shapes: on a CPU, matrix kernels are compiled anew for each shape, which takes longer than to run them.
