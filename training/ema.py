@@ -105,7 +105,7 @@ class EMA:
 
 def local_part(parameter: Tensor) -> Tensor:
     """This rank's shard of a parameter, or all of it."""
-    return parameter.tolocal_part() if isinstance(parameter, DTensor) else parameter
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def _shard_like(whole: Tensor, parameter: Tensor) -> Tensor:
