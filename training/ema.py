@@ -115,14 +115,14 @@ def _shard_like(whole: Tensor, parameter: Tensor) -> Tensor:
     mesh = parameter.device_mesh
     whole = whole.to(mesh.device_type)
     # Every rank holds the same, so that nothing needs to be sent.
-    return distribute_tensor(whole, mesh, parameter.placements, src_data_rank=None).tolocal_part().clone()
+    return distribute_tensor(whole, mesh, parameter.placements, src_data_rank=None).to_local().clone()
 
 
 def _whole(local: Tensor, parameter: Tensor) -> Tensor:
     """All of a tensor of which this rank has the shard that it has of the parameter."""
     if not isinstance(parameter, DTensor):
         return local
-    sharded = DTensor.fromlocal_part(
+    sharded = DTensor.from_local(
         local,
         parameter.device_mesh,
         parameter.placements,
