@@ -40,7 +40,8 @@ from .world import (
 
 
 VAE_CONFIG = {
-    "block_out_channels": (32, 64, 96, 96),
+    # Few channels at full size, where a convolution costs most.
+    "block_out_channels": (16, 32, 64, 128),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
     "layers_per_block": 1,
@@ -132,6 +133,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=2.0e-3)
     parser.add_argument("--kl_weight", type=float, default=0.01, help="per nat, against the sum over all pixels")
     parser.add_argument("--first_scene", type=int, default=0, help="number of the first training scene")
+    parser.add_argument("--bf16", action="store_true", help="for a CPU with instructions for bfloat16; slow on others")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
@@ -148,7 +150,7 @@ def main() -> None:
     for step in range(args.num_steps):
         images = batch_of(args.first_scene + step * args.batch_size, args.batch_size)
         images = images.to(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             posterior = vae.encode(images).latent_dist
             decoded = vae.decode(posterior.sample()).sample.float()
         kl = posterior.kl().float().mean()

@@ -26,7 +26,7 @@ IMAGE_TOKEN = "<|image|>"
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", IMAGE_TOKEN]
 CONFIG = {
     "hidden_size": 256,
-    "num_hidden_layers": 6,
+    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "intermediate_size": 704,
@@ -137,10 +137,11 @@ def measure(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, num_dia
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--num_steps", type=int, default=8000)
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--num_steps", type=int, default=3200)
+    parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=2.0e-3)
     parser.add_argument("--compile", action="store_true", help="compile each layer; needs a C++ compiler")
+    parser.add_argument("--bf16", action="store_true", help="for a CPU with instructions for bfloat16; slow on others")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.num_steps % BATCHES_PER_SORT:
@@ -171,7 +172,7 @@ def main() -> None:
     begin = time.monotonic()
     while step < args.num_steps:
         for batch in batches(tokenizer, TRAIN_SEED, step * args.batch_size, args.batch_size):
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
                 loss = loss_of(model, *batch)
             optimizer.zero_grad()
             loss.backward()
