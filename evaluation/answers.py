@@ -208,7 +208,7 @@ class MMARAnswerer:
         Log-probability of each continuation as the beginning of the answer to its chat.
 
         The continuation is tokenized apart from the chat, as answers are in training, and taken as it is: a space
-        before its first word counts.
+        before its first word counts. Marks of pictures and control tokens in it are read as text.
 
         Args:
             chats (`Sequence[list[dict]]`): Chats that end with a turn of the user.
@@ -219,8 +219,7 @@ class MMARAnswerer:
             is the likeliest one that is ever written, so that greedy decoding would begin with the continuation.
 
         Raises:
-            ValueError: As `features` raises; if a continuation is empty or has an image mark, or they are not as many
-                as chats.
+            ValueError: As `features` raises; if a continuation is empty, or they are not as many as chats.
         """
         if len(chats) != len(continuations):
             raise ValueError(f"expected one continuation per chat; got {len(continuations)} for {len(chats)} chats.")
@@ -234,13 +233,9 @@ class MMARAnswerer:
         """`log_likelihoods` of one batch."""
         rows, targets, pictures = [], [], []
         for chat, continuation in zip(chats, continuations, strict=True):
-            target = self.processor.tokenizer(continuation, add_special_tokens=False)["input_ids"]
+            target = self.processor.text_ids(continuation)
             if not target:
                 raise ValueError(f"a continuation must have at least one token; got {shorten(continuation)}.")
-            if self.processor.image_token_id in target:
-                raise ValueError(
-                    f"a continuation is text; got {shorten(continuation)}, with the mark of a picture. Drop it."
-                )
             inputs = self.features([chat])
             rows.append(inputs["input_ids"][0].tolist() + target)
             targets.append(target)
