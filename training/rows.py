@@ -423,13 +423,14 @@ def _chat(turns: Any, name: str) -> tuple[list[dict[str, Any]], list[Any]]:
         if not isinstance(speaker, str) or speaker not in ROLES:
             raise BadRow(f"{name} must have turns from {', '.join(ROLES)}; got one from {shorten(speaker)}.")
         content = turn["value"] if turn.get("value") is not None else turn.get("content")
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
+        # Only a string has marks; in a list of parts a picture is a part of its own, and `<image>` is text.
+        parts = _split_at_marks(content) if isinstance(content, str) else content or []
         if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
             raise BadRow(f"{name} must have turns of text and pictures; got {shorten(content)}.")
         items = []
         for part in parts:
             if part.get("type") == "text" and isinstance(part.get("text"), str):
-                items += _split_at_marks(part["text"])
+                items.append({"type": "text", "text": part["text"]})
             elif part.get("type") in ("image", "image_url"):
                 items.append({"type": "image"})
                 sources = [part.get(key) for key in ("image", "path", "url", "image_url")]

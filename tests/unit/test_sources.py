@@ -599,7 +599,7 @@ def test_messages_with_images(tmp_path):
                 {"role": "user", "content": [IMAGE, {"type": "text", "text": "And <image>?"}]},
                 {"role": "assistant", "content": [text("A cat.")]},
             ],
-            "images": ["1.png", "0.png"],
+            "images": ["1.png"],
         },
         {
             "messages": [
@@ -618,10 +618,7 @@ def test_messages_with_images(tmp_path):
     last = {"role": "assistant", "content": [text("A cat.")]}
     expected = [
         {"messages": [{"role": "user", "content": [text("What?"), IMAGE]}, last], "image": paths[0]},
-        {
-            "messages": [{"role": "user", "content": [IMAGE, text("And"), IMAGE, text("?")]}, last],
-            "images": [paths[1], paths[0]],
-        },
+        {"messages": [{"role": "user", "content": [IMAGE, text("And <image>?")]}, last], "image": paths[1]},
         {
             "messages": [{"role": "user", "content": [IMAGE, IMAGE, text("Same?")]}, last],
             "images": [picture_bytes("blue"), paths[1]],
