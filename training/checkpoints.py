@@ -9,11 +9,13 @@ checkpoints as they were.
 import functools
 import json
 import os
+import pickle
 import shutil
 import warnings
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -21,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..modeling_mmar.configuration_mmar import shorten
@@ -94,14 +97,30 @@ def check_weights(tensors: Iterable[tuple[str, Tensor]], remedy: str) -> None:
         raise ValueError(f"expected finite weights to save; {name} holds NaN or infinity. {remedy}")
 
 
+def _tensors(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in nested dictionaries, such as an optimizer's state."""
+    if isinstance(state, Tensor):
+        yield name, state
+    elif isinstance(state, dict):
+        for key, value in state.items():
+            yield from _tensors(value, f"{name}.{key}".lstrip("."))
+
+
 @functools.lru_cache(maxsize=1024)
-def _weights_error(file: str, size: int, modified: int) -> str | None:
-    """Why a safetensors file cannot be used; it is read once per process as long as its size and time stay."""
+def _file_error(file: str, size: int, modified: int) -> str | None:
+    """Why a file of tensors cannot be used; it is read once per process as long as its size and time stay."""
     try:
-        with safe_open(file, framework="pt") as opened:
-            name = find_non_finite((name, opened.get_tensor(name)) for name in opened.keys())
-    except (SafetensorError, OSError) as error:
-        return f"is broken or cut off ({error})"
+        if file.endswith(".safetensors"):
+            with safe_open(file, framework="pt") as opened:
+                name = find_non_finite((name, opened.get_tensor(name)) for name in opened.keys())
+        else:
+            with safe_globals():  # NumPy's random state
+                state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            name = find_non_finite(_tensors(state))
+    except pickle.UnpicklingError:
+        return "holds other things than numbers, which were not read"
+    except (SafetensorError, OSError, RuntimeError, EOFError) as error:
+        return f"is broken or cut off ({shorten(error)})"
     return None if name is None else f"holds NaN or infinity in {name}"
 
 
@@ -135,7 +154,7 @@ def _sync(path: Path) -> None:
 
 def fault(checkpoint: str | Path) -> str | None:
     r"""
-    What is wrong with a checkpoint, from its files' names, sizes and headers.
+    What is wrong with a checkpoint, from its files' names and sizes, and the numbers of weights and optimizer.
 
     Args:
         checkpoint (`str` or `Path`): Folder of a checkpoint, with a manifest or as transformers' `Trainer` writes it.
@@ -161,12 +180,13 @@ def fault(checkpoint: str | Path) -> str | None:
                 return f"{name} is missing"
             if found != size:
                 return f"{name} has {found} bytes in place of {size}"
-    for path in sorted(checkpoint.glob("*.safetensors")):
+    patterns = ("*.safetensors", "*.pt", "*.pth")
+    for path in sorted(path for pattern in patterns for path in checkpoint.glob(pattern)):
         try:
             state = path.stat()
         except OSError:
             return f"{path.name} is missing"
-        if (wrong := _weights_error(str(path), state.st_size, state.st_mtime_ns)) is not None:
+        if (wrong := _file_error(str(path), state.st_size, state.st_mtime_ns)) is not None:
             return f"{path.name} {wrong}"
     # A training that still runs may have removed it meanwhile, and what is not there has no fault.
     return None if (checkpoint / TRAINER_STATE_NAME).is_file() else f"{TRAINER_STATE_NAME} is missing"

@@ -525,11 +525,19 @@ class MMARTrainer(Trainer):
         raise ValueError(f"expected finite {what}; got NaN or infinity {self._what_to_do}")
 
     def _check_weights(self) -> None:
-        """Raises a `ValueError` if a weight, or its average, is NaN or infinite."""
-        weights = [(name, local_part(value).detach()) for name, value in self.plain_model.named_parameters()]
-        averages = () if self.ema is None else self.ema.shadow.items()
-        averages = [(f"the average of {name}", value) for name, value in averages]
-        check_weights([*weights, *averages], f"That came {self._what_to_do}")
+        """Raises a `ValueError` if a weight, its average or the optimizer's state is NaN or infinite."""
+        weights = dict(self.plain_model.named_parameters())
+        states = {} if self.optimizer is None else self.optimizer.state
+        named = [(name, value.detach()) for name, value in weights.items()]
+        named += [(f"the average of {name}", value) for name, value in (self.ema.shadow if self.ema else {}).items()]
+        named += [
+            # An infinite moment would keep the weight where it is, for ever.
+            (f"the optimizer's {key} of {name}", value)
+            for name, weight in weights.items()
+            for key, value in states.get(weight, {}).items()
+            if isinstance(value, Tensor)
+        ]
+        check_weights(((name, local_part(value)) for name, value in named), f"That came {self._what_to_do}")
 
     @property
     def _what_to_do(self) -> str:

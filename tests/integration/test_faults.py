@@ -213,6 +213,10 @@ def spoil_average(trainer):
     trainer.ema.shadow["diffusion_mlp.output_projection.bias"][0] = float("nan")
 
 
+def spoil_moment(trainer):
+    trainer.optimizer.state[trainer.model.diffusion_mlp.output_projection.bias]["exp_avg_sq"][0] = float("inf")
+
+
 class Spoil(TrainerCallback):
     """Changes something after the optimizer's second step."""
 
@@ -229,6 +233,7 @@ class Spoil(TrainerCallback):
     [
         (spoil_weight, "diffusion_mlp.output_projection.bias"),
         (spoil_average, "the average of diffusion_mlp.output_projection.bias"),
+        (spoil_moment, "the optimizer's exp_avg_sq of diffusion_mlp.output_projection.bias"),
     ],
 )
 def test_non_finite_weights_are_not_saved(tmp_path, spoil, name):
@@ -262,6 +267,27 @@ def test_resuming_passes_over_weights_that_are_not_finite(two_checkpoints, name)
     tensors["diffusion_mlp.output_projection.bias"][1] = float("nan")
     save_file(tensors, folder / "checkpoint-4" / name, metadata={"format": "pt"})
     with pytest.warns(UserWarning, match=f"checkpoint-4 is not whole: {name} holds NaN or infinity in diffusion_mlp"):
+        assert last_whole_checkpoint(folder) == str(folder / "checkpoint-2")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda state: state["state"][0]["exp_avg_sq"].fill_(float("inf")),
+            "holds NaN or infinity in state.0.exp_avg_sq",
+        ),
+        (lambda state: state.update(path=Path()), "holds other things than numbers"),
+    ],
+)
+def test_resuming_looks_into_the_optimizer(two_checkpoints, spoil, message):
+    folder, _ = two_checkpoints
+    file = folder / "checkpoint-4" / "optimizer.pt"
+    state = torch.load(file)
+    spoil(state)
+    torch.save(state, file)
+    (folder / "checkpoint-4" / MANIFEST_FILE).unlink()
+    with pytest.warns(UserWarning, match=f"checkpoint-4 is not whole: optimizer.pt {message}"):
         assert last_whole_checkpoint(folder) == str(folder / "checkpoint-2")
 
 
