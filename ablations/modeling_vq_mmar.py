@@ -89,6 +89,10 @@ class MMARVQConfig(MMARConfig):
 class MMARVQModel(KeepsDtype, VQModel):
     """diffusers' `VQModel` in float32."""
 
+    def to_json_string(self) -> str:
+        # What is saved is opened by diffusers, which has no class of this name.
+        return super().to_json_string().replace(f'"{type(self).__name__}"', f'"{VQModel.__name__}"')
+
 
 class CodeSampler:
     r"""

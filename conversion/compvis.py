@@ -335,6 +335,11 @@ def listed(names: Iterable[str]) -> str:
 
 def _check_file(path: str | Path) -> None:
     if not Path(path).is_file():
+        if Path(path).is_dir():
+            raise ValueError(
+                f"expected a checkpoint file; {shorten(str(path))} is a folder. Name the file; a folder of diffusers "
+                "needs no conversion."
+            )
         raise ValueError(f"expected a checkpoint file; there is none at {shorten(str(path))}. Check the path.")
 
 

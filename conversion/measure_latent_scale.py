@@ -4,9 +4,9 @@ Measures the mean and std of a VAE's latents on one's pictures, and writes shift
     python -m mmar.conversion.measure_latent_scale runs/kl16 PICTURES
 
 PICTURES is a folder, a parquet file (or a folder of them) with a column of pictures, or the id of a data set of
-`datasets`. Pictures come in random order and are read until the standard errors are below the tolerance, or to their
-end; the report says which. The folder is that of an `AutoencoderKL` or of an MMAR; in both the scale stands in the
-VAE's config, and nowhere else.
+`datasets`. Pictures come in random order and are read until the standard errors are below the tolerance and at least
+64 were read, or to their end; the report says which. The folder is that of an `AutoencoderKL` or of an MMAR; in both
+the scale stands in the VAE's config, and nowhere else.
 """
 
 import argparse
@@ -25,10 +25,13 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..command import run_command
 from ..files import path_inside
-from ..modeling_mmar.configuration_mmar import MMARConfig, shorten
-from ..modeling_mmar.frozen_parts_mmar import names_in_index, open_weights, weights_files
+from ..modeling_mmar.configuration_mmar import shorten, shorten_names
+from ..modeling_mmar.frozen_parts_mmar import fetch_part, names_in_index, open_weights, weights_files
+from ..modeling_mmar.modeling_mmar import MMARAutoencoderKL
 from ..processors.image_processing_mmar import MMARImageProcessor, read_image_file
-from .latent_moments import LatentMoments
+from .folders import read_config
+from .latent_moments import MIN_PICTURES, LatentMoments
+from .models import model_class_of
 
 
 MODES = ("scalar", "channel")
@@ -103,10 +106,11 @@ def _load_dataset(name: str, source: str, column: str, **kwargs: Any) -> Any:
             f"expected a folder, a parquet file or the id of a data set; {shorten(source)} cannot be opened "
             f"({shorten(error)})."
         ) from error
-    features = dataset.features or {}
+    # Of some formats the columns are known only once a row was read.
+    features = dataset.features or dict.fromkeys(next(iter(dataset), {}))
     if column not in features:
         raise ValueError(
-            f"{shorten(source)} must have a column {shorten(column)}; it has {', '.join(features)}. Name it with "
+            f"{shorten(source)} must have a column {shorten(column)}; it has {shorten_names(features)}. Name it with "
             "--column."
         )
     if isinstance(features[column], datasets.Image):
@@ -120,7 +124,7 @@ def load_vae(folder: Path) -> tuple[AutoencoderKL, dict[str, Any]]:
     Loads the VAE of a folder, without the rest of an MMAR.
 
     Args:
-        folder (`Path`): Of a diffusers `AutoencoderKL`, or of an MMAR that holds its VAE.
+        folder (`Path`): Of a diffusers `AutoencoderKL`, or of an MMAR with one, in it or by reference.
 
     Returns:
         The VAE, and the folder's config as it stands in the file.
@@ -139,7 +143,8 @@ def load_vae(folder: Path) -> tuple[AutoencoderKL, dict[str, Any]]:
         raise ValueError(
             f"expected names and values in {shorten(str(folder / 'config.json'))}; got {shorten(config)}."
         )
-    if config.get("_class_name") == "AutoencoderKL":
+    # diffusers' own name, or that which earlier MMARs wrote.
+    if config.get("_class_name") in (AutoencoderKL.__name__, MMARAutoencoderKL.__name__):
         for file in weights_files("vae", folder):
             open_weights(file)  # names what is broken
         try:
@@ -149,26 +154,30 @@ def load_vae(folder: Path) -> tuple[AutoencoderKL, dict[str, Any]]:
                 f"expected an AutoencoderKL in {shorten(str(folder))}; its config and weights do not agree "
                 f"({shorten(error)}). Copy or convert it again."
             ) from error
-    if config.get("model_type") != "mmar":
+    if not _is_of_mmar(config) or not issubclass(model_class_of(read_config(folder)).vae_class, AutoencoderKL):
         kind = config.get("_class_name") or config.get("model_type")
         raise ValueError(
-            f"expected the folder of an AutoencoderKL or of an MMAR; {shorten(str(folder))} is of a {shorten(kind)}."
+            f"expected the folder of an AutoencoderKL or of an MMAR with one; {shorten(str(folder))} is of a "
+            f"{shorten(kind)}."
         )
-    vae = AutoencoderKL(**MMARConfig.from_pretrained(folder).vae_config)
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    names = [SAFE_WEIGHTS_NAME]
-    if index.is_file():
-        names = names_in_index(index)
+    of_model = read_config(folder)
+    vae = AutoencoderKL(**of_model.vae_config)
+    if of_model.frozen_weights == "referenced" and "vae" in of_model.frozen_parts:
+        files, prefix = fetch_part("vae", of_model.frozen_parts["vae"]), ""
+    else:
+        index, prefix = folder / SAFE_WEIGHTS_INDEX_NAME, "vae."
+        files = [folder / name for name in (names_in_index(index) if index.is_file() else [SAFE_WEIGHTS_NAME])]
     state = {}
-    for name in names:
-        with open_weights(folder / name) as file:
-            state |= {key.removeprefix("vae."): file.get_tensor(key) for key in file.keys() if key.startswith("vae.")}
-    if not state:
+    for name in files:
+        with open_weights(name) as file:
+            state |= {key.removeprefix(prefix): file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}
+    try:
+        vae.load_state_dict(state)
+    except RuntimeError as error:
         raise ValueError(
-            f"expected the weights of the VAE in {shorten(str(folder))}; there are none, it is kept by reference. "
-            "Measure the VAE's own folder."
-        )
-    vae.load_state_dict(state)
+            f"expected the weights of the VAE that `vae_config` describes in {shorten(str(folder))}; they do not fit "
+            f"({shorten(error)}). Copy the folder again."
+        ) from error
     return vae.eval(), config
 
 
@@ -232,13 +241,19 @@ def measure(
         raise ValueError(f"expected pictures to measure on; none could be read, {broken} were broken.")
     if not bool(torch.isfinite(moments.std).all()) or not bool((moments.std > MIN_STD).all()):
         raise ValueError(
-            f"expected latents that vary; got the stds {moments.std[:-1].tolist()}. Check the VAE and the pictures."
+            f"expected latents that vary; got the stds {shorten(moments.std[:-1].tolist())}. Check the VAE and the "
+            "pictures."
         )
     return moments, broken
 
 
-def is_measured(vae: AutoencoderKL) -> bool:
-    """Whether a VAE's config holds another scale than none."""
+def _is_of_mmar(config: dict[str, Any]) -> bool:
+    """Whether a config is that of an MMAR, or of a model that builds on it."""
+    return str(config.get("model_type")).startswith("mmar")
+
+
+def has_scale(vae: AutoencoderKL) -> bool:
+    """Whether a VAE's config holds another scale than none; the default of diffusers may have been trained with."""
     config = vae.config
     return config.scaling_factor != 1.0 or bool(config.shift_factor) or config.latents_std is not None
 
@@ -261,9 +276,9 @@ def write_scale(folder: Path, config: dict[str, Any], moments: LatentMoments, mo
         entries |= {"scaling_factor": 1 / float(moments.std[-1]), "shift_factor": float(moments.mean[-1])}
     else:
         entries |= {"latents_mean": moments.mean[:-1].tolist(), "latents_std": moments.std[:-1].tolist()}
-    of_vae = config["vae_config"] if config.get("model_type") == "mmar" else config
+    of_vae = config["vae_config"] if _is_of_mmar(config) else config
     changed = {**of_vae, **entries}
-    changed = {**config, "vae_config": changed} if config.get("model_type") == "mmar" else changed
+    changed = {**config, "vae_config": changed} if _is_of_mmar(config) else changed
     unfinished = folder / "config.json.unfinished"
     unfinished.write_text(json.dumps(changed, indent=2, sort_keys=True) + "\n", encoding="utf-8", newline="\n")
     unfinished.replace(folder / "config.json")
@@ -276,7 +291,9 @@ def main() -> None:
     parser.add_argument("pictures", help="folder, parquet file, or id of a data set")
     parser.add_argument("--mode", choices=MODES, default="scalar", help="one scale for all channels, or one each")
     parser.add_argument("--tolerance", type=float, default=0.005, help="largest standard error, in units of the std")
-    parser.add_argument("--max_pictures", type=int, help="stop here at the latest")
+    parser.add_argument(
+        "--max_pictures", type=int, help=f"stop here at the latest; fewer than {MIN_PICTURES} never converge"
+    )
     parser.add_argument("--image_size", type=int, help="pixels along each side; the config's by default")
     parser.add_argument("--column", default="image", help="of the pictures, in parquet files and data sets")
     parser.add_argument("--split", default="train", help="of a data set")
@@ -293,10 +310,9 @@ def main() -> None:
         parser.error("--tolerance must be above 0, --batch_size and --max_pictures at least 1")
 
     vae, config = load_vae(args.folder)
-    if not (args.overwrite or args.dry_run) and is_measured(vae):
+    if not (args.overwrite or args.dry_run) and has_scale(vae):
         parser.error(
-            f"{args.folder} has a measured scale already, and a model trained with it would be lost; --overwrite "
-            "replaces it"
+            f"{args.folder} has a scale already, and a model trained with it would be lost; --overwrite replaces it"
         )
     if torch.accelerator.is_available():
         vae.to(torch.accelerator.current_accelerator())
@@ -314,9 +330,17 @@ def main() -> None:
         "std_of_all": float(moments.std[-1]),
     }
     if not report["converged"]:
+        if moments.num_pictures < MIN_PICTURES:
+            reason = f"{moments.num_pictures} pictures were read, and fewer than {MIN_PICTURES} are not relied on"
+        else:
+            reason = (
+                f"the standard error is {report['standard_error']:.3g} after {moments.num_pictures} pictures, not "
+                f"below the tolerance of {args.tolerance}"
+            )
+        was_stopped = args.max_pictures is not None and moments.num_pictures >= args.max_pictures
         print(
-            f"warning: the pictures ended at a standard error of {report['standard_error']:.4f}, above the tolerance "
-            f"of {args.tolerance}; give more of them, or a larger --tolerance.",
+            f"warning: {reason}; {'raise --max_pictures' if was_stopped else 'give more pictures'}"
+            f"{', or a larger --tolerance' if moments.num_pictures >= MIN_PICTURES else ''}.",
             file=sys.stderr,
         )
     if not args.dry_run:

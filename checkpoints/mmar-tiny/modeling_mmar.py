@@ -123,6 +123,10 @@ class KeepsDtype(nn.Module):
 class MMARAutoencoderKL(KeepsDtype, AutoencoderKL):
     """diffusers' `AutoencoderKL` in float32."""
 
+    def to_json_string(self) -> str:
+        # What is saved is opened by diffusers, which has no class of this name.
+        return super().to_json_string().replace(f'"{type(self).__name__}"', f'"{AutoencoderKL.__name__}"')
+
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         super().save_pretrained(save_directory, *args, **kwargs)
         if os.path.isdir(save_directory):

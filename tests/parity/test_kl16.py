@@ -120,6 +120,8 @@ def _broken(case, folder):
     file = folder / "model.ckpt"
     if case == "missing file":
         return folder / "nothing.ckpt"
+    if case == "folder":
+        return folder
     if case == "code":
         torch.save({"state_dict": state, "extra": _Code()}, file)
     elif case == "old pickle":
@@ -160,6 +162,7 @@ def _broken(case, folder):
     ("case", "message"),
     [
         ("missing file", "there is none at"),
+        ("folder", "is a folder"),
         ("code", "holds code, which was not run"),
         ("old pickle", "holds code, which was not run"),
         ("truncated", "model.ckpt.*Download it again"),

@@ -19,6 +19,7 @@ from PIL import Image
 from mmar import MMARForConditionalGeneration
 from mmar.conversion.latent_moments import MIN_PICTURES, LatentMoments
 from mmar.conversion.measure_latent_scale import iterate_pictures, load_vae, main, measure
+from mmar.conversion.models import model_class_of
 
 
 def latents(seed, num_pictures, generator_std=0.5):
@@ -162,6 +163,81 @@ def test_stops_when_converged_or_told(vae_folder, tmp_path, monkeypatch, capsys)
     assert "--overwrite replaces it" in capsys.readouterr().err
     report = run(monkeypatch, capsys, vae_folder, folder, "--max_pictures", 21, "--image_size", 8, "--overwrite")
     assert report["pictures"] == 21 and not report["converged"]
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "told", "not_told"),
+    [
+        (60, ["--tolerance", 0.5], ["60", str(MIN_PICTURES), "give more pictures"], ["tolerance"]),
+        (80, ["--tolerance", 0.5, "--max_pictures", 20], ["20", str(MIN_PICTURES), "--max_pictures"], ["tolerance"]),
+        (70, ["--tolerance", 1e-9], ["1e-09", "70", "give more pictures"], [str(MIN_PICTURES)]),
+        (80, ["--tolerance", 1e-9, "--max_pictures", 70], ["1e-09", "--max_pictures"], [str(MIN_PICTURES)]),
+    ],
+)
+def test_warning_names_what_kept_the_measurement_from_converging(
+    vae_folder, tmp_path, monkeypatch, capsys, count, options, told, not_told
+):
+    options = [str(option) for option in (vae_folder, make_pictures(tmp_path / "files", count), *options)]
+    monkeypatch.setattr(sys, "argv", ["measure_latent_scale", *options, "--image_size", "8", "--dry_run"])
+    main()
+    captured = capsys.readouterr()
+    warning = next(line for line in captured.err.splitlines() if line.startswith("warning: "))
+    assert not json.loads(captured.out)["converged"]
+    assert all(part in warning for part in told) and not any(part in warning for part in not_told)
+
+
+@pytest.mark.parametrize("class_name", ["as saved", "MMARAutoencoderKL"])
+def test_autoencoder_saved_from_a_model_is_a_plain_one(pictures, tmp_path, monkeypatch, capsys, class_name):
+    tiny_model(vae_config={"scaling_factor": 1.0, "shift_factor": None}).vae.save_pretrained(tmp_path / "vae")
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    assert config["_class_name"] == "AutoencoderKL"
+    if class_name != "as saved":  # as earlier versions wrote it
+        (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {"_class_name": class_name}))
+    report = run(monkeypatch, capsys, tmp_path / "vae", pictures / "files")
+    assert load_vae(tmp_path / "vae")[0].config.scaling_factor == pytest.approx(1 / report["std_of_all"])
+
+
+def test_autoencoder_by_reference_is_measured_and_the_config_of_the_model_changed(
+    pictures, tmp_path, monkeypatch, capsys
+):
+    model = tiny_model(vae_config={"scaling_factor": 1.0, "shift_factor": None})
+    model.vae.save_pretrained(tmp_path / "vae")
+    model.config.frozen_parts = {"vae": {"repo_id": str(tmp_path / "vae")}}
+    model.save_pretrained(tmp_path / "mmar", frozen="reference")
+    before = (tmp_path / "vae" / "config.json").read_bytes()
+    report = run(monkeypatch, capsys, tmp_path / "mmar", pictures / "files")
+    loaded = MMARForConditionalGeneration.from_pretrained(tmp_path / "mmar")
+    assert loaded.vae.config.scaling_factor == pytest.approx(1 / report["std_of_all"])
+    assert (tmp_path / "vae" / "config.json").read_bytes() == before
+
+
+def test_systems_with_the_same_autoencoder_are_measured_and_others_refused(pictures, tmp_path, monkeypatch, capsys):
+    from mmar.ablations.systems import system_config
+
+    transfusion = system_config("transfusion", tiny_config(vae_config={"scaling_factor": 1.0, "shift_factor": None}))
+    model_class_of(transfusion)(transfusion).save_pretrained(tmp_path / "transfusion")
+    report = run(monkeypatch, capsys, tmp_path / "transfusion", pictures / "files")
+    config = json.loads((tmp_path / "transfusion" / "config.json").read_text())
+    assert config["vae_config"]["scaling_factor"] == pytest.approx(1 / report["std_of_all"])
+    own = {name: value for name, value in tiny_config().vae_config.items() if "factor" not in name}
+    system_config("vq", tiny_config(), {**own, "vq_embed_dim": 4, "num_vq_embeddings": 16}).save_pretrained(
+        tmp_path / "vq"
+    )
+    with pytest.raises(ValueError, match="AutoencoderKL.*'mmar_vq'"):
+        load_vae(tmp_path / "vq")
+
+
+def test_columns_that_only_the_rows_tell_are_found(pictures, tmp_path, monkeypatch):
+    """Streams of several formats know their columns once a row was read."""
+    import datasets
+
+    rows = pq.read_table(pictures / "parquet" / "0.parquet").to_pylist()
+    stream = datasets.IterableDataset.from_generator(lambda: iter(rows))
+    assert stream.features is None
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: stream)
+    assert len(list(iterate_pictures("me/pictures", column="picture"))) == 30
+    with pytest.raises(ValueError, match="'image'.*picture"):
+        next(iterate_pictures("me/pictures"))
 
 
 def test_order_is_random_and_repeats():
