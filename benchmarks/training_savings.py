@@ -448,7 +448,7 @@ one layer, measured with two layers and with one.
 | part | CPU time per picture |
 | --- | ---: |
 | VAE encode, KL-16 at 256 x 256 | {times.encode:.2f} s |
-| reading its latents, memory-mapped, and sampling | {1e3 * times.read:.2f} ms |
+| reading its latents and sampling | {1e3 * times.read:.2f} ms |
 | language model, 24 layers of {times.llm_layer:.3f} s | {24 * times.llm_layer:.2f} s |
 | EmbeddingViT, 16 layers of {1e3 * times.vit_layer:.0f} ms | {16 * times.vit_layer:.2f} s |
 | Diffusion MLP, 8 blocks of {1e3 * times.head_block:.0f} ms | {8 * times.head_block:.2f} s |
