@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, ModelMixin
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors.torch import save_file
@@ -35,6 +35,7 @@ from ..processors.image_processing_mmar import MMARImageProcessor
 from ..processors.processing_mmar import MMARProcessor
 from .folders import check_shard_size, new_folder, read_config
 from .hub_mmar import export_remote_code
+from .latent_moments import check_measured
 from .models import model_class_of
 
 
@@ -216,6 +217,7 @@ def init_from_qwen2(
     max_shard_size: str = "5GB",
     seed: int = 0,
     token: str | None = None,
+    allow_unmeasured_scale: bool = False,
 ) -> dict[str, Any]:
     r"""
     Writes the folder of an untrained MMAR.
@@ -231,12 +233,15 @@ def init_from_qwen2(
         max_shard_size (`str`, *optional*, defaults to `"5GB"`): Largest weights file; what is in memory at a time.
         seed (`int`, *optional*, defaults to 0): Of the new weights.
         token (`str`, *optional*): For a repository that is not public.
+        allow_unmeasured_scale (`bool`, *optional*, defaults to `False`): Take a VAE whose latent scale was never
+            measured.
 
     Returns:
         `dict`: Parameters by part, the image token's id, the dtype, files and their bytes.
 
     Raises:
-        ValueError: If a part is missing, broken or does not fit; nothing is left in `out` then.
+        ValueError: If a part is missing, broken or does not fit, or the VAE's latent scale was never measured; nothing
+            is left in `out` then.
     """
     if frozen not in ("include", "reference") or dtype not in ("auto", *DTYPES):
         raise ValueError(
@@ -246,6 +251,8 @@ def init_from_qwen2(
     check_shard_size(max_shard_size)
     backbone_folder = find_backbone(backbone, revision, token)
     config = _config(preset, backbone_folder, Path(vae))
+    if not allow_unmeasured_scale:
+        check_measured(config.vae_config, vae, "`vae`", "`allow_unmeasured_scale`")
     config.frozen_parts = {
         "backbone": make_reference("backbone", backbone, backbone_folder, revision),
         "vae": make_reference("vae", str(vae), Path(vae)),
@@ -308,7 +315,27 @@ def init_from_qwen2(
 def _config(preset: str, backbone: Path, vae: Path) -> MMARConfig:
     """The preset's config with the backbone's language model and the VAE's sizes and scale."""
     config = load_preset(preset)
-    vae_class = model_class_of(config).vae_class
+    values = config.to_dict() | {
+        "text_config": Qwen2Config.from_pretrained(backbone).to_dict(),
+        "vae_config": load_vae_config(model_class_of(config).vae_class, vae),
+        # The preset's is Qwen2's; Qwen2.5 has more tokens of its own. Set again below, by the tokenizer.
+        "image_token_id": 0,
+    }
+    return type(config).from_dict(values)
+
+
+def load_vae_config(vae_class: type[ModelMixin], vae: Path) -> dict[str, Any]:
+    r"""
+    Args:
+        vae_class (`type[ModelMixin]`): Of the model's VAE.
+        vae (`Path`): Folder of such a VAE.
+
+    Returns:
+        `dict`: Its arguments, complete.
+
+    Raises:
+        ValueError: If the folder is of another kind, or cannot be read.
+    """
     # diffusers' own class, which converters write.
     expected = next(own for own in vae_class.__mro__ if own.__module__.startswith("diffusers."))
     try:
@@ -318,22 +345,17 @@ def _config(preset: str, backbone: Path, vae: Path) -> MMARConfig:
             f"expected the folder of a diffusers {expected.__name__}; {shorten(str(vae))} cannot be read "
             f"({shorten(error)}). `mmar.conversion.convert_kl16` makes an AutoencoderKL, `convert_vq16` a VQModel."
         ) from error
-    if vae_config.get("_class_name") != expected.__name__:
+    if vae_config.get("_class_name") not in {own.__name__ for own in vae_class.__mro__}:
+        kind = vae_config.get("_class_name") or vae_config.get("model_type")
         raise ValueError(
             f"expected {'an' if expected is AutoencoderKL else 'a'} {expected.__name__} in {shorten(str(vae))}; got "
-            f"{shorten(vae_config.get('_class_name'))}. MMAR's tokens are continuous, from a KL autoencoder; those of "
+            f"{shorten(kind)}. MMAR's tokens are continuous, from a KL autoencoder; those of "
             "the VQ ablation are a VQModel's."
         )
     with torch.device("meta"):
         # With the defaults of what the file leaves out.
         vae_config = expected.from_config(vae_config).config
-    values = config.to_dict() | {
-        "text_config": Qwen2Config.from_pretrained(backbone).to_dict(),
-        "vae_config": {key: value for key, value in vae_config.items() if not key.startswith("_")},
-        # The preset's is Qwen2's; Qwen2.5 has more tokens of its own. Set again below, by the tokenizer.
-        "image_token_id": 0,
-    }
-    return type(config).from_dict(values)
+    return {key: value for key, value in vae_config.items() if not key.startswith("_")}
 
 
 def _processor(config: MMARConfig, backbone: Path) -> MMARProcessor:
@@ -371,6 +393,9 @@ def main() -> None:
     parser.add_argument("--max_shard_size", default="5GB")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--token", help="for a repository that is not public")
+    parser.add_argument(
+        "--allow_unmeasured_scale", action="store_true", help="take a VAE whose latent scale was never measured"
+    )
     args = parser.parse_args()
     print(json.dumps(init_from_qwen2(**vars(args)), indent=2))
 

@@ -1,11 +1,41 @@
 """Mean and std of a VAE's latents, measured on the run, with their standard errors."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from ..modeling_mmar.configuration_mmar import shorten
 
 
 # Fewer say too little of their own spread.
 MIN_PICTURES = 64
+# What `convert_kl16` writes before a measurement, and what diffusers writes for every VAE that is given no scale.
+UNMEASURED_SCALES = (1.0, 0.18215)
+
+
+def check_measured(vae_config: Mapping[str, Any], source: Any, option: str, allow: str) -> None:
+    r"""
+    Refuses a VAE whose latent scale was never measured: its latents would not have unit variance.
+
+    Args:
+        vae_config (`Mapping`): All of an `AutoencoderKL`'s; that of a `VQModel`, whose scale is not used, passes.
+        source: The folder, for the error.
+        option (`str`): What the user named it with, such as "`vae`".
+        allow (`str`): What the user passes to take it as it is.
+
+    Raises:
+        ValueError: If there is neither a shift nor a scale other than the defaults.
+    """
+    is_kl, scale = "latents_std" in vae_config, vae_config["scaling_factor"]
+    if not is_kl or scale not in UNMEASURED_SCALES or vae_config["shift_factor"] or vae_config["latents_std"]:
+        return
+    raise ValueError(
+        f"{option} must have a measured latent scale; got {shorten(str(source))} with the default `scaling_factor` "
+        f"{scale} and no shift. Measure it with `python -m "
+        f"mmar.conversion.measure_latent_scale`, or pass {allow} to take it as it is."
+    )
 
 
 class LatentMoments:
@@ -65,5 +95,5 @@ class LatentMoments:
         return (variances / (n - 1)).sqrt() / std
 
     def converged(self, tolerance: float) -> bool:
-        """Whether all standard errors are below `tolerance` times the std."""
+        """Whether `MIN_PICTURES` were read and all standard errors are below `tolerance` times the std."""
         return self.num_pictures >= MIN_PICTURES and bool((self.errors() < tolerance).all())

@@ -19,6 +19,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerFast
 
 from ..command import run_command
+from ..conversion.init_from_qwen2 import load_vae_config
+from ..conversion.latent_moments import check_measured
 from ..conversion.models import model_class_of, open_model
 from ..modeling_mmar.configuration_mmar import MMARConfig, shorten
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
@@ -108,6 +110,9 @@ def main() -> None:
         default=True,
         help="start with the latent encoder that was trained with the VAE, where there is one",
     )
+    parser.add_argument(
+        "--allow_unmeasured_scale", action="store_true", help="take a VAE whose latent scale was never measured"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -116,12 +121,13 @@ def main() -> None:
     if not isinstance(config, MMARConfig):
         raise ValueError(f"expected the config of an MMAR in --config; got that of a {shorten(config.model_type)}.")
     old = None if args.model is None else open_model(args.model, "--model", dtype=torch.float32)
-    vae = model_class_of(config).vae_class.from_pretrained(args.vae) if old is None else old.vae
-    if "latents_std" in vae.config and vae.config.latents_std is None:
-        raise ValueError(
-            "expected a VAE with the measured `latents_mean` and `latents_std` in "
-            f"{shorten(str(args.vae or args.model))}; they are not there. Let `train_vae` run to its end."
-        )
+    vae_class = model_class_of(config).vae_class
+    if old is None:
+        load_vae_config(vae_class, args.vae)  # names what is of another kind
+    vae = vae_class.from_pretrained(args.vae) if old is None else old.vae
+    if not args.allow_unmeasured_scale:
+        option = "--vae" if old is None else "--model"
+        check_measured(vae.config, args.vae or args.model, option, "--allow_unmeasured_scale")
     config.vae_config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
     rows = read_rows(args.data)
     processor_texts = [

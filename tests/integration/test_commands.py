@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from diffusers import AutoencoderKL, VQModel
 from PIL import Image
 from safetensors.torch import load_file
 from squares import COLOURS, make_processor, make_rows, make_squares_model
@@ -177,6 +178,24 @@ def test_from_pictures_to_an_evaluated_checkpoint(tmp_path, data, monkeypatch, c
     assert result["rows"] == 4 and len(list((out / "pictures").glob("*.png"))) == 4
     assert {name: score["n"] for name, score in result["judge"].items()} == {"all": 4, "sibling": 2, "no_sibling": 2}
     assert set(result["captions"]) == set(QUESTIONS)
+
+
+def test_a_model_starts_from_any_measured_autoencoder_and_from_others_when_allowed(tmp_path, data, monkeypatch):
+    config = json.loads((ROOT / "configs/mmar-tiny/config.json").read_text())["vae_config"]
+    config |= {"shift_factor": None, "latents_mean": None, "latents_std": None}
+    AutoencoderKL(**(config | {"scaling_factor": 1.0})).save_pretrained(tmp_path / "unmeasured")
+    AutoencoderKL(**(config | {"scaling_factor": 0.5})).save_pretrained(tmp_path / "measured")
+    VQModel(num_vq_embeddings=16, norm_num_groups=4, block_out_channels=[8]).save_pretrained(tmp_path / "vq")
+    options = ["--config", ROOT / "configs/mmar-tiny", "--data", data, "--out", tmp_path / "init", "--vae"]
+    with pytest.raises(ValueError, match="--vae must .*--allow_unmeasured_scale"):
+        run(init_tiny, monkeypatch, *options, tmp_path / "unmeasured")
+    with pytest.raises(ValueError, match="expected an AutoencoderKL in .*'VQModel'"):
+        run(init_tiny, monkeypatch, *options, tmp_path / "vq")
+    assert not (tmp_path / "init").exists()
+    for folder, extra, scale in (("unmeasured", ["--allow_unmeasured_scale"], 1.0), ("measured", [], 0.5)):
+        run(init_tiny, monkeypatch, *options, tmp_path / folder, *extra)
+        written = json.loads((tmp_path / "init" / "config.json").read_text())["vae_config"]
+        assert written["scaling_factor"] == scale
 
 
 def test_a_model_with_a_new_vocabulary_starts_from_another(tmp_path, data, monkeypatch):

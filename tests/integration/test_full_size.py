@@ -50,7 +50,7 @@ def test_mmar_0_5b(parts, capsys):
         f"""{MEASURE}
 from mmar.conversion.init_from_qwen2 import init_from_qwen2
 report = init_from_qwen2({str(parts / "qwen2")!r}, {str(parts / "kl16")!r}, "mmar-0.5b", {str(parts / "whole")!r},
-                         max_shard_size={SHARD})
+                         max_shard_size={SHARD}, allow_unmeasured_scale=True)
 result = measured(**report)
 """,
         parts / "home",

@@ -174,6 +174,52 @@ def test_it_draws_and_describes(folders, tmp_path):
     assert answer.shape[1] == inputs["input_ids"].shape[1] + 3
 
 
+# ----------------------------------------------------------------------------------------- the scale of the latents
+
+
+@pytest.mark.parametrize(
+    "scale", [{"scaling_factor": 1.0, "shift_factor": None}, {"scaling_factor": 0.18215, "shift_factor": None}, None]
+)
+def test_an_autoencoder_whose_scale_was_never_measured_is_taken_only_when_allowed(folders, tmp_path, scale):
+    own = {name: value for name, value in VAE_CONFIG.items() if scale is not None or "factor" not in name}
+    AutoencoderKL(**(own | (scale or {}))).save_pretrained(tmp_path / "vae")
+    with pytest.raises(ValueError, match="`vae` must .*measure_latent_scale.*`allow_unmeasured_scale`"):
+        init(folders, tmp_path / "out", vae=tmp_path / "vae")
+    assert not (tmp_path / "out").exists()
+    init(folders, tmp_path / "out", vae=tmp_path / "vae", allow_unmeasured_scale=True)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["vae_config"]["scaling_factor"] == (0.18215 if scale is None else scale["scaling_factor"])
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        {"scaling_factor": 0.2325, "shift_factor": None},
+        {"scaling_factor": 1.0, "shift_factor": 0.25},
+        {"scaling_factor": 1.0, "latents_mean": [0.0] * 4, "latents_std": [2.0] * 4},
+    ],
+)
+def test_each_form_of_a_measured_scale_is_taken(folders, tmp_path, scale):
+    AutoencoderKL(**(VAE_CONFIG | {"shift_factor": None} | scale)).save_pretrained(tmp_path / "vae")
+    init(folders, tmp_path / "out", vae=tmp_path / "vae")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["vae_config"]
+    assert {name: config[name] for name in scale} == scale
+
+
+@pytest.mark.parametrize("system", ["mmar", "vq"])
+def test_a_model_begins_with_the_autoencoder_that_another_saved(folders, tmp_path, system):
+    vq = make_system(tmp_path, system)
+    tokenizer = tmp_path / "vqmodel" if system == "vq" else folders / "vae"
+    init(folders, tmp_path / "first", preset=str(tmp_path / "preset"), vae=tokenizer)
+    model = AutoModel.from_pretrained(tmp_path / "first")
+    model.vae.save_pretrained(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["_class_name"] == (type(vq).__name__ if system == "vq" else "AutoencoderKL")
+    init(folders, tmp_path / "second", preset=str(tmp_path / "preset"), vae=tmp_path / "saved")
+    again = AutoModel.from_pretrained(tmp_path / "second")
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
+
+
 # ------------------------------------------------------------------------------------------------- by reference
 
 
@@ -358,6 +404,8 @@ def _bad_parts(case, folders, tmp_path):
         (backbone / "config.json").write_text(json.dumps(config | layers))
     elif case == "no room":
         make_qwen2(backbone, vocab_size=len(AutoTokenizer.from_pretrained(folders / "qwen2")))
+    elif case == "other vae":
+        (vae / "config.json").write_text('{"model_type": "llama"}')
     elif case == "no tokenizer":
         for file in backbone.glob("tokenizer*"):
             file.unlink()
@@ -393,6 +441,7 @@ def _bad_parts(case, folders, tmp_path):
         ("fewer layers", "weights are left over, among them model.layers.1"),
         ("more layers", "are missing, among them model.layers.2"),
         ("no room", "expected room for the image token"),
+        ("other vae", "expected an AutoencoderKL.*'llama'"),
         ("no tokenizer", "expected Qwen2's tokenizer files"),
         ("no vae", "expected the folder of a diffusers AutoencoderKL"),
         ("preset", "`preset` must be one of mmar-0.5b, mmar-7b, mmar-tiny"),
