@@ -23,16 +23,16 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, Qwen2Config
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..command import run_command
-from ..modeling_mmar.configuration_mmar import MMARConfig, shorten
+from ..modeling_mmar.configuration_mmar import MMARConfig, shorten, shorten_names
 from ..modeling_mmar.frozen_parts_mmar import PREFIXES, make_reference, open_weights, part_of, weights_files
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from ..pipelines.pipeline_mmar import MMARPipeline
 from ..processors.image_processing_mmar import MMARImageProcessor
-from ..processors.processing_mmar import MMARProcessor
+from ..processors.processing_mmar import IMAGE_TOKEN, TURN_END, TURN_START, MMARProcessor
 from .folders import check_shard_size, new_folder, read_config
 from .hub_mmar import export_remote_code
 from .latent_moments import check_measured
@@ -43,6 +43,8 @@ PRESETS = Path(__file__).resolve().parent.parent / "configs"
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 # What is read of a backbone.
 BACKBONE_FILES = ("config.json", "generation_config.json", "tokenizer*", "vocab.json", "merges.txt", "*.safetensors*")
+# Tensors with a row for each token of the vocabulary.
+TOKEN_TABLES = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 
 
 def load_preset(name: str) -> MMARConfig:
@@ -190,12 +192,17 @@ def _shard_tensors(
     parts: dict[str, _Weights],
     dtype: torch.dtype,
     seed: int,
+    num_added_rows: int,
 ) -> Iterator[tuple[str, Tensor]]:
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     for name in names:
         if name in sources:
             part, source = sources[name]
             value = parts[part][source]
+            if num_added_rows and name in TOKEN_TABLES:
+                # The mean of the head's rows gives the mean logit: a probability of at most 1 / vocab_size.
+                mean = value.mean(0, keepdim=True, dtype=torch.float32).to(value.dtype)
+                value = torch.cat([value, mean.expand(num_added_rows, -1)])
         else:
             part, value = None, _initial_values(model, name, seed)
         if value.shape != shapes[name]:
@@ -218,6 +225,8 @@ def init_from_qwen2(
     seed: int = 0,
     token: str | None = None,
     allow_unmeasured_scale: bool = False,
+    image_token: str | None = None,
+    add_rows: bool = False,
 ) -> dict[str, Any]:
     r"""
     Writes the folder of an untrained MMAR.
@@ -235,13 +244,17 @@ def init_from_qwen2(
         token (`str`, *optional*): For a repository that is not public.
         allow_unmeasured_scale (`bool`, *optional*, defaults to `False`): Take a VAE whose latent scale was never
             measured.
+        image_token (`str`, *optional*): A token that the backbone's tokenizer reserves, such as `"<|image_pad|>"`, to
+            stand for images. By default a new one, `"<|image|>"`, which takes a free row of the embedding.
+        add_rows (`bool`, *optional*, defaults to `False`): Give the embedding and the head a row for the new token if
+            none is free: the mean of the others, and frozen like them. Not with `frozen="reference"`.
 
     Returns:
-        `dict`: Parameters by part, the image token's id, the dtype, files and their bytes.
+        `dict`: Parameters by part, the image token's id, the number of added rows, the dtype, files and their bytes.
 
     Raises:
-        ValueError: If a part is missing, broken or does not fit, or the VAE's latent scale was never measured; nothing
-            is left in `out` then.
+        ValueError: If a part is missing, broken or does not fit, the VAE's latent scale was never measured, or the
+            image token has no row; nothing is left in `out` then.
     """
     if frozen not in ("include", "reference") or dtype not in ("auto", *DTYPES):
         raise ValueError(
@@ -257,7 +270,9 @@ def init_from_qwen2(
         "backbone": make_reference("backbone", backbone, backbone_folder, revision),
         "vae": make_reference("vae", str(vae), Path(vae)),
     }
-    processor = _processor(config, backbone_folder)
+    processor = _processor(config, backbone_folder, image_token, add_rows, frozen)
+    num_added_rows = max(len(processor.tokenizer) - config.text_config.vocab_size, 0)
+    config.text_config.vocab_size += num_added_rows
     config.image_token_id = processor.image_token_id
     config.null_prompt_ids = list(processor.generation_inputs(None, return_tensors=None)["input_ids"][0])
     config.frozen_weights = "referenced" if frozen == "reference" else "included"
@@ -286,7 +301,7 @@ def init_from_qwen2(
     num_bytes = sum(shapes[name].numel() * own_dtypes[name].itemsize for names in files.values() for name in names)
     with new_folder(out, num_bytes) as folder:
         for file, names in tqdm(files.items(), desc="writing", unit=" files"):
-            tensors = dict(_shard_tensors(names, model, sources, parts, torch_dtype, seed))
+            tensors = dict(_shard_tensors(names, model, sources, parts, torch_dtype, seed, num_added_rows))
             save_file(tensors, folder / file, metadata={"format": "pt"})
             del tensors
         if index is not None:
@@ -306,6 +321,7 @@ def init_from_qwen2(
     return {
         "parameters": counts,
         "image_token_id": config.image_token_id,
+        "added_rows": num_added_rows,
         "dtype": str(torch_dtype).removeprefix("torch."),
         "files": len(files),
         "bytes": written,
@@ -358,7 +374,9 @@ def load_vae_config(vae_class: type[ModelMixin], vae: Path) -> dict[str, Any]:
     return {key: value for key, value in vae_config.items() if not key.startswith("_")}
 
 
-def _processor(config: MMARConfig, backbone: Path) -> MMARProcessor:
+def _processor(
+    config: MMARConfig, backbone: Path, image_token: str | None, add_rows: bool, frozen: str
+) -> MMARProcessor:
     if not any((backbone / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise ValueError(
             f"expected Qwen2's tokenizer files in {shorten(str(backbone))}; there is no tokenizer.json or vocab.json. "
@@ -370,15 +388,46 @@ def _processor(config: MMARConfig, backbone: Path) -> MMARProcessor:
         raise ValueError(
             f"expected Qwen2's tokenizer files in {shorten(str(backbone))}; they cannot be read ({shorten(error)})."
         ) from error
-    size = {"height": config.image_size, "width": config.image_size}
-    processor = MMARProcessor(MMARImageProcessor(size=size), tokenizer, num_image_tokens=config.num_latents)
-    if len(processor.tokenizer) > config.text_config.vocab_size:
+    if len(tokenizer) > (num_rows := config.text_config.vocab_size):
         raise ValueError(
-            f"expected room for the image token among the {config.text_config.vocab_size} rows of the backbone's "
-            f"embedding; its tokenizer has {len(processor.tokenizer)} tokens with it. Take a Qwen2 whose embedding "
-            "has unused rows."
+            f"the backbone's embedding must have a row for each of the {len(tokenizer)} tokens of its tokenizer; got "
+            f"{num_rows} rows in {shorten(str(backbone))}. Copy config, weights and tokenizer from one place."
+        )
+    reserved = _reserved_tokens(tokenizer, config.text_config)
+    if image_token is not None and image_token not in reserved:
+        raise ValueError(
+            "`image_token` must be a token that the backbone's tokenizer reserves and does not use, one of "
+            f"{shorten_names(reserved) or 'none'}; got {shorten(image_token)}. Take one of these, or leave it out."
+        )
+    processor = MMARProcessor(
+        MMARImageProcessor(size={"height": config.image_size, "width": config.image_size}),
+        tokenizer,
+        num_image_tokens=config.num_latents,
+        image_token=IMAGE_TOKEN if image_token is None else image_token,
+    )
+    if len(processor.tokenizer) > num_rows and not (add_rows and frozen == "include"):
+        ways = [f"`image_token`, one of the tokenizer's reserved {shorten_names(reserved)}"] if reserved else []
+        # The embedding with the rows would be another than the one that the reference names.
+        ways.append("`add_rows`" if frozen == "include" else "`add_rows` with `frozen='include'`")
+        raise ValueError(
+            f"the backbone's embedding must have a free row for the image token {shorten(processor.image_token)}; got "
+            f"{num_rows} rows, all taken by its tokenizer. Pass {', or '.join(ways)}."
         )
     return processor
+
+
+def _reserved_tokens(tokenizer: PreTrainedTokenizerBase, text_config: Qwen2Config) -> list[str]:
+    """Special tokens that stand for nothing in a text or a chat; first those that are named after images."""
+    used = {TURN_START, TURN_END, tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
+    special_ids = (text_config.bos_token_id, text_config.eos_token_id, text_config.pad_token_id)
+    used_ids = {i for ids in special_ids for i in (ids if isinstance(ids, list) else [ids])}
+    template = str(tokenizer.chat_template)
+    names = [
+        token.content
+        for number, token in sorted(tokenizer.added_tokens_decoder.items())
+        if token.special and token.content not in used and number not in used_ids and token.content not in template
+    ]
+    return sorted(names, key=lambda name: "image" not in name)
 
 
 def main() -> None:
@@ -395,6 +444,12 @@ def main() -> None:
     parser.add_argument("--token", help="for a repository that is not public")
     parser.add_argument(
         "--allow_unmeasured_scale", action="store_true", help="take a VAE whose latent scale was never measured"
+    )
+    parser.add_argument(
+        "--image_token", help="a token that the tokenizer reserves, such as <|image_pad|>, in place of a new one"
+    )
+    parser.add_argument(
+        "--add_rows", action="store_true", help="give the embedding a row for the image token, where none is free"
     )
     args = parser.parse_args()
     print(json.dumps(init_from_qwen2(**vars(args)), indent=2))

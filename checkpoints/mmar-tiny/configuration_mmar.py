@@ -181,8 +181,8 @@ class MMARConfig(PreTrainedConfig):
         image_size (`int`, *optional*, defaults to 256): Height and width of the pictures in pixels.
         plora_rank (`int`, *optional*, defaults to 512): Rank r of PLoRA (suppl. Table 5).
         plora_alpha (`float`, *optional*, defaults to 128.0): PLoRA's output is scaled by alpha / r (suppl. Table 5).
-        image_token_id (`int`, *optional*, defaults to 151646): Placeholder of one image token; the first row of
-            Qwen2's embedding that its tokenizer leaves unused. Its embedding is never read.
+        image_token_id (`int`, *optional*, defaults to 151646): Placeholder of one image token; by default the
+            first row of Qwen2's embedding that its tokenizer leaves unused. Its embedding is never read.
         image_generation (`dict`, *optional*): Defaults of image generation, `num_ar_steps`, `num_inference_steps` and
             `guidance_scale`; the paper's protocol when not given (Sec. 4.6).
         null_prompt_ids (`list[int]`, *optional*): Tokens of the null prompt, for guidance where no processor is at

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 from squares import make_processor
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import AddedToken, GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 
 VAE_CONFIG = {
@@ -22,23 +22,34 @@ VAE_CONFIG = {
 }
 
 
-def text_tokenizer() -> PreTrainedTokenizerFast:
-    """ChatML tokens and no image token, as Qwen2's."""
+def text_tokenizer(reserved: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """ChatML tokens, those that are `reserved`, and no image token, as Qwen2's."""
     tokenizer = make_processor().tokenizer
     from mmar.training.init_tiny import SPECIAL_TOKENS, train_tokenizer
 
     names = [name for name in SPECIAL_TOKENS if "image" not in name]
     fresh = train_tokenizer(["a red square", "Which colour?"], len(tokenizer), 512, special_tokens=names)
     fresh.chat_template = "{{ messages[0]['content'] }}"
+    fresh.add_tokens([AddedToken(name, special=True, normalized=False) for name in reserved], special_tokens=True)
     return fresh
 
 
 def make_qwen2(
-    folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0, max_shard_size: str = "5GB", **overrides: Any
+    folder: Path,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    max_shard_size: str = "5GB",
+    reserved: tuple[str, ...] = (),
+    **overrides: Any,
 ) -> Qwen2ForCausalLM:
-    """Saves a Qwen2 of two layers whose embedding has unused rows; biases and all are random."""
+    """
+    Saves a Qwen2 of two layers whose embedding has unused rows, or with `vocab_size=None` none; biases and all are
+    random.
+    """
     torch.manual_seed(seed)
-    tokenizer = text_tokenizer()
+    tokenizer = text_tokenizer(reserved)
+    if overrides.get("vocab_size", 0) is None:
+        overrides["vocab_size"] = len(tokenizer)
     values = {
         "vocab_size": 320,
         "hidden_size": 64,

@@ -1,6 +1,7 @@
 """From a Qwen2 and a VAE on disk to an MMAR folder: the same numbers, the same files, no more memory than a shard."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -157,9 +158,9 @@ def test_image_token_lies_inside_the_embedding(folders, tmp_path):
     assert config["null_prompt_ids"] and config["frozen_weights"] == "included"
 
 
-def test_it_draws_and_describes(folders, tmp_path):
-    init(folders, tmp_path / "out")
-    pipe = MMARPipeline.from_pretrained(tmp_path / "out")
+def draw_and_describe(folder):
+    """An image, and the tokens of an answer about it."""
+    pipe = MMARPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     image = pipe("a red square", num_ar_steps=2, num_inference_steps=2).images[0]
     content = [{"type": "image", "image": image}, {"type": "text", "text": "Which colour?"}]
@@ -170,8 +171,89 @@ def test_it_draws_and_describes(folders, tmp_path):
         add_generation_prompt=True,
         return_tensors="pt",
     )
-    answer = pipe.model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
-    assert answer.shape[1] == inputs["input_ids"].shape[1] + 3
+    # At this temperature each token of the vocabulary is about as likely.
+    torch.manual_seed(0)
+    sampling = {"do_sample": True, "temperature": 1e6, "top_k": 0, "repetition_penalty": 1.1}
+    answer = pipe.model.generate(**inputs, max_new_tokens=400, min_new_tokens=400, **sampling)
+    return image, answer[:, inputs["input_ids"].shape[1] :], pipe
+
+
+def test_it_draws_and_describes(folders, tmp_path):
+    init(folders, tmp_path / "out")
+    image, answer, pipe = draw_and_describe(tmp_path / "out")
+    assert image.size == (8, 8) and answer.shape[1] == 400
+    assert pipe.model.config.image_token_id not in answer
+
+
+# ------------------------------------------------------------------------------- backbones without a free row
+
+
+PADS = ("<|box_start|>", "<|image_pad|>")
+
+
+@pytest.mark.parametrize("frozen", ["include", "reference"])
+def test_a_reserved_token_stands_for_images_where_no_row_is_free(folders, tmp_path, frozen):
+    qwen2 = make_qwen2(tmp_path / "qwen2", reserved=PADS, vocab_size=None)
+    options = {"backbone": str(tmp_path / "qwen2"), "frozen": frozen}
+    with pytest.raises(ValueError, match=r"`image_token`, one of .*<\|image_pad\|>, <\|box_start\|>.*`add_rows`"):
+        init(folders, tmp_path / "out", **options)
+    report = init(folders, tmp_path / "out", image_token="<|image_pad|>", **options)
+    before = AutoTokenizer.from_pretrained(tmp_path / "qwen2")
+    assert report["image_token_id"] == before.convert_tokens_to_ids("<|image_pad|>") and report["added_rows"] == 0
+    image, answer, pipe = draw_and_describe(tmp_path / "out")
+    assert pipe.model.config.image_token_id == report["image_token_id"] not in answer
+    ids = torch.arange(len(before))[None]
+    ids = ids[ids != report["image_token_id"]][None]
+    with torch.no_grad():
+        assert torch.equal(pipe.model.to(qwen2.dtype)(ids).logits, qwen2(ids).logits)
+    assert len(pipe.processor.tokenizer) == len(before)
+    text = "a red square <|box_start|> <|im_end|>"
+    assert pipe.processor.tokenizer(text)["input_ids"] == before(text)["input_ids"]
+    pipe = MMARPipeline.from_pretrained(tmp_path / "out")  # as saved, uncast
+    pipe.save_pretrained(tmp_path / "again")
+    assert files_of(tmp_path / "again") == files_of(tmp_path / "out")
+
+
+@pytest.mark.parametrize(("tied", "shards"), [(True, "5GB"), (False, "60KB")])
+def test_a_row_is_added_where_none_is_free(folders, tmp_path, tied, shards):
+    qwen2 = make_qwen2(tmp_path / "qwen2", torch.float32, vocab_size=None, tie_word_embeddings=tied)
+    options = {"backbone": str(tmp_path / "qwen2"), "max_shard_size": shards, "add_rows": True}
+    report = init(folders, tmp_path / "out", **options)
+    num_tokens = qwen2.config.vocab_size
+    assert report["image_token_id"] == num_tokens and report["added_rows"] == 1
+    image, answer, pipe = draw_and_describe(tmp_path / "out")
+    assert image.size == (8, 8) and num_tokens not in answer
+    model = pipe.model
+    assert model.config.text_config.vocab_size == num_tokens + 1
+    assert not model.lm_head.weight.requires_grad and not model.get_input_embeddings().weight.requires_grad
+    for own, theirs in ((model.get_input_embeddings(), qwen2.model.embed_tokens), (model.lm_head, qwen2.lm_head)):
+        assert torch.equal(own.weight[:-1], theirs.weight)
+    ids = torch.arange(num_tokens)[None]
+    with torch.no_grad():
+        logits, expected = model(ids).logits, qwen2(ids).logits
+    # A matrix product of another width adds up in another order.
+    torch.testing.assert_close(logits[..., :-1], expected, rtol=1e-5, atol=1e-5)
+    # So little is taken from the probabilities of the backbone's own tokens.
+    assert float(logits.softmax(-1)[..., -1].max()) <= 1 / num_tokens
+    pipe.save_pretrained(tmp_path / "again", max_shard_size=shards)
+    assert files_of(tmp_path / "again") == files_of(tmp_path / "out")
+    with pytest.raises(ValueError, match='frozen="include"'):
+        pipe.save_pretrained(tmp_path / "referenced", frozen="reference")
+    with pytest.raises(ValueError, match="`add_rows` with `frozen='include'`"):
+        init(folders, tmp_path / "referenced", **options, frozen="reference")
+
+
+def test_added_rows_are_not_taken_where_a_row_is_free(folders, tmp_path):
+    report = init(folders, tmp_path / "out", add_rows=True)
+    init(folders, tmp_path / "expected")
+    assert report["added_rows"] == 0 and files_of(tmp_path / "out") == files_of(tmp_path / "expected")
+
+
+@pytest.mark.parametrize("token", ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "red", "<|unknown|>"])
+def test_a_token_that_the_tokenizer_uses_does_not_stand_for_images(folders, tmp_path, token):
+    make_qwen2(tmp_path / "qwen2", reserved=PADS, eos_token_id=[2, 0])
+    with pytest.raises(ValueError, match=r"`image_token` must be .*<\|image_pad\|>.*; got '" + re.escape(token)):
+        init(folders, tmp_path / "out", backbone=str(tmp_path / "qwen2"), image_token=token)
 
 
 # ----------------------------------------------------------------------------------------- the scale of the latents
@@ -403,7 +485,10 @@ def _bad_parts(case, folders, tmp_path):
         layers = {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}
         (backbone / "config.json").write_text(json.dumps(config | layers))
     elif case == "no room":
-        make_qwen2(backbone, vocab_size=len(AutoTokenizer.from_pretrained(folders / "qwen2")))
+        make_qwen2(backbone, vocab_size=None)
+    elif case == "fewer rows":
+        make_qwen2(backbone, vocab_size=len(AutoTokenizer.from_pretrained(folders / "qwen2")) - 1)
+        options["add_rows"] = True
     elif case == "other vae":
         (vae / "config.json").write_text('{"model_type": "llama"}')
     elif case == "no tokenizer":
@@ -440,7 +525,8 @@ def _bad_parts(case, folders, tmp_path):
         ("other size", r"gate_proj.weight of shape \(128, 64\).*the backbone has \(96, 64\)"),
         ("fewer layers", "weights are left over, among them model.layers.1"),
         ("more layers", "are missing, among them model.layers.2"),
-        ("no room", "expected room for the image token"),
+        ("no room", "free row for the image token.*`add_rows`"),
+        ("fewer rows", "must have a row for each of the"),
         ("other vae", "expected an AutoencoderKL.*'llama'"),
         ("no tokenizer", "expected Qwen2's tokenizer files"),
         ("no vae", "expected the folder of a diffusers AutoencoderKL"),
