@@ -58,6 +58,11 @@ def test_missing_unknown_and_impossible_scores_are_refused():
             ave18({**scores, name: wrong})
 
 
+def test_a_score_may_be_nothing_or_all_of_its_points():
+    assert ave18(dict.fromkeys(ROWS, 0)) == 0
+    assert ave18({name: row.maximum for name, row in ROWS.items()}) == pytest.approx(100)
+
+
 SIZES = {"ScienceQA": 2097, "MMBench-EN": 1164, "MMBench-CN": 1164, "HallusionBench": 951, "MMMU": 900}
 
 
@@ -156,6 +161,9 @@ def write_results(folder, scores, model="mmar-7b"):
 def test_result_files_of_vlmevalkit(tmp_path, monkeypatch, capsys):
     expected = scores_of(6)
     write_results(tmp_path, expected)
+    # As a spreadsheet saves it: with a byte order mark.
+    chart = tmp_path / "mmar-7b_ChartQA_TEST_acc.csv"
+    chart.write_text(chart.read_text(), encoding="utf-8-sig")
     assert read_results(tmp_path) == pytest.approx(expected, rel=1e-12)
     monkeypatch.setattr(sys, "argv", ["ave", str(tmp_path)])
     ave.main()
@@ -183,6 +191,9 @@ def test_what_is_missing_twice_or_broken_is_named(tmp_path):
     (tmp_path / "mmar-7b_MMBench_DEV_EN_acc.csv").unlink()
     write_csv(tmp_path / "mmar-7b_TextVQA_VAL_acc.csv", {"overall": 5})
     with pytest.raises(ValueError, match="a number in 'Overall' in 'mmar-7b_TextVQA_VAL_acc.csv'"):
+        read_results(tmp_path)
+    write_csv(tmp_path / "mmar-7b_TextVQA_VAL_acc.csv", {"Overall": 5}, {"Overall": 6})
+    with pytest.raises(ValueError, match="'mmar-7b_TextVQA_VAL_acc.csv'; got '?2 lines"):
         read_results(tmp_path)
     write_csv(tmp_path / "other_AI2D_TEST_acc.csv", {"split": "none", "Overall": 0.5})
     with pytest.raises(ValueError, match="results of one model; got those of mmar-7b, other"):

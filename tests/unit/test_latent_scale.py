@@ -18,7 +18,7 @@ from PIL import Image
 
 from mmar import MMARForConditionalGeneration
 from mmar.conversion.latent_moments import MIN_PICTURES, LatentMoments
-from mmar.conversion.measure_latent_scale import iterate_pictures, load_vae, main, measure
+from mmar.conversion.measure_latent_scale import has_scale, iterate_pictures, load_vae, main, measure
 from mmar.conversion.models import model_class_of
 
 
@@ -59,6 +59,42 @@ def test_errors_are_the_spread_of_repeated_measurements():
     spread = torch.stack([torch.stack(means).std(0), torch.stack(stds).std(0)]) / unit
     # 300 repetitions tell a std to 4 %; three such errors.
     torch.testing.assert_close(torch.stack(errors).mean(0), spread, rtol=0.12, atol=0)
+
+
+def test_errors_of_two_pictures_by_hand_and_of_one():
+    mean, std = latents(0, 2)
+    moments = LatentMoments(3)
+    moments.update(mean[:1], std[:1])
+    assert torch.equal(moments.errors(), torch.full((2, 4), torch.inf, dtype=torch.float64))
+    moments.update(mean[1:], std[1:])
+    of_pictures = mean.double().mean((2, 3))
+    expected = of_pictures.std(0) / 2**0.5 / moments.std[:-1]
+    torch.testing.assert_close(moments.errors()[0, :-1], expected)
+
+
+def test_converged_are_enough_pictures_of_which_every_error_is_small():
+    mean, std = latents(0, MIN_PICTURES)
+    moments = LatentMoments(3)
+    moments.update(mean[1:], std[1:])
+    assert not moments.converged(torch.inf)
+    moments.update(mean[:1], std[:1])
+    errors = moments.errors()
+    assert moments.converged(1.01 * float(errors.max())) and not moments.converged(0.99 * float(errors.max()))
+
+
+@pytest.mark.parametrize(
+    ("scale", "expected"),
+    [
+        ({}, False),
+        ({"scaling_factor": 0.5}, True),
+        ({"shift_factor": 0.25}, True),
+        ({"latents_mean": [0.0] * 4, "latents_std": [2.0] * 4}, True),
+    ],
+)
+def test_any_part_of_a_scale_is_one(scale, expected):
+    config = tiny_config().vae_config | {"scaling_factor": 1.0, "shift_factor": None} | scale
+    with torch.device("meta"):
+        assert has_scale(AutoencoderKL(**config)) is expected
 
 
 def make_pictures(folder, count, seed=0):
@@ -304,8 +340,11 @@ def test_bad_input(vae_folder, pictures, tmp_path, monkeypatch):
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(buffer, "PNG")
     vae.quant_conv.bias.data[4:] = -1000.0  # no noise of the posterior either
-    with pytest.raises(ValueError, match="expected latents that vary"):
-        measure(vae, iter([buffer.getvalue()]), 8)
+    # All channels, and one of them while the others do.
+    for varying in ([], [0, 1, 2]):
+        vae.quant_conv.bias.data[[4 + channel for channel in varying]] = 0.0
+        with pytest.raises(ValueError, match="expected latents that vary"):
+            measure(vae, iter([buffer.getvalue()]), 8)
 
 
 def test_rows_name_no_picture_outside_their_folder(pictures, tmp_path):
