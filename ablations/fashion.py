@@ -30,7 +30,9 @@ from torch.nn import functional as F
 from ..command import run_command
 from ..modeling_mmar.configuration_mmar import shorten
 from ..modeling_mmar.frozen_parts_mmar import apply_umask
+from ..processors.image_processing_mmar import read_rgb_image
 from ..training.emoji_rows import DEPENDS_ON
+from ..training.rows import open_cell
 
 
 QUESTIONS = ["Describe the image.", "What is it?", "Which shade?"]
@@ -103,7 +105,7 @@ class FashionJudge(nn.Module):
 
 def on_white(content: bytes) -> bytes:
     """A picture's file, grey on black, as one of 32 x 32 pixels, inverted, on white."""
-    grey = np.asarray(Image.open(io.BytesIO(content)).convert("L"))
+    grey = np.asarray(read_rgb_image(content, places=False).convert("L"))
     if grey.shape != (SIZE, SIZE):
         raise ValueError(f"expected pictures of {SIZE} x {SIZE} pixels; got {grey.shape[1]} x {grey.shape[0]}.")
     buffer = io.BytesIO()
@@ -124,7 +126,10 @@ def read_parquet(path: Path) -> tuple[Tensor, list[str]]:
     if not path.is_file():
         raise ValueError(f"expected a parquet of rows; there is none at {shorten(str(path))}. `rows` writes them.")
     table = pq.read_table(path, columns=["image", "label"])
-    pictures = [to_grey(Image.open(io.BytesIO(image["bytes"]))) for image in table.column("image").to_pylist()]
+    pictures = [
+        to_grey(open_cell(image, path.parent, f"row {index} of {path.name}"))
+        for index, image in enumerate(table.column("image").to_pylist())
+    ]
     return torch.from_numpy(np.stack(pictures))[:, None].float() / 255, table.column("label").to_pylist()
 
 
@@ -191,7 +196,9 @@ def score(folder: Path, weights: Path, reference: Path) -> dict[str, Any]:
     judge = FashionJudge(len(names)).eval()
     judge.load_state_dict(load_file(weights))
     lines = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
-    drawn = np.stack([to_grey(Image.open(folder / line["file"])) for line in lines])
+    drawn = np.stack(
+        [to_grey(open_cell(line["file"], folder, f"line {i} of captions.jsonl")) for i, line in enumerate(lines)]
+    )
     real, _ = read_parquet(reference)
     logits, features = judge(torch.from_numpy(drawn)[:, None].float() / 255)
     if unknown := sorted({line["label"] for line in lines} - set(names)):

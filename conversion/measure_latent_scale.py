@@ -28,7 +28,7 @@ from ..files import path_inside
 from ..modeling_mmar.configuration_mmar import shorten, shorten_names
 from ..modeling_mmar.frozen_parts_mmar import fetch_part, names_in_index, open_weights, weights_files
 from ..modeling_mmar.modeling_mmar import MMARAutoencoderKL
-from ..processors.image_processing_mmar import MMARImageProcessor, read_image_file
+from ..processors.image_processing_mmar import FORMATS, MMARImageProcessor, read_image_file
 from .folders import read_config
 from .latent_moments import MIN_PICTURES, LatentMoments
 from .models import model_class_of
@@ -92,8 +92,8 @@ def iterate_pictures(
 
 
 def picture_suffixes() -> set[str]:
-    """Endings of the picture files that Pillow opens; not those that it only writes, such as .pdf."""
-    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    """Endings of the picture files that are opened."""
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
 
 
 def _load_dataset(name: str, source: str, column: str, **kwargs: Any) -> Any:

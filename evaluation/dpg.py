@@ -19,6 +19,7 @@ from PIL import Image
 from ..command import run_command
 from ..files import write_whole
 from ..modeling_mmar.configuration_mmar import shorten
+from ..processors.image_processing_mmar import read_rgb_image
 from .drawing import Processes, add_arguments, command_of, draw_with, spread
 
 
@@ -68,7 +69,7 @@ def make_grid(files: list[Path]) -> Image.Image:
     Returns:
         `PIL.Image.Image`: Two rows of two, the first above.
     """
-    pictures = [Image.open(file).convert("RGB") for file in files]
+    pictures = [read_rgb_image(file) for file in files]
     size = pictures[0].width
     grid = Image.new("RGB", (GRID * size, GRID * size))
     for place, picture in enumerate(pictures):

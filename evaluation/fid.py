@@ -45,6 +45,7 @@ from .. import __version__
 from ..command import run_command
 from ..files import write_whole
 from ..modeling_mmar.configuration_mmar import shorten
+from ..processors.image_processing_mmar import read_rgb_image
 from ..training.mixture import stable_hash
 from .drawing import OPTIONS, Processes, add_arguments, command_of, draw_with, write_json, write_lines
 
@@ -269,12 +270,14 @@ class SquarePictures(Dataset):
     def __getitem__(self, index: int) -> Tensor | str:
         """A `torch.ByteTensor` of shape `(3, size, size)`, or what is wrong with the file."""
         try:
-            with Image.open(self.files[index]) as image:
-                square = image.convert("RGB")
+            square = read_rgb_image(self.files[index])
             if square.size != (self.size, self.size):
                 square = ImageOps.fit(square, (self.size, self.size), Image.Resampling.BICUBIC)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            return f"expected a picture at {str(self.files[index])!r}; it cannot be read ({error}). Mend or remove it."
+        except ValueError as error:
+            return (
+                f"expected a picture at {shorten(str(self.files[index]))}; it cannot be read ({shorten(error)}). Mend "
+                "or remove it."
+            )
         return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
 
@@ -398,8 +401,7 @@ def measure(
     """
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
-    with Image.open(drawn[0]) as image:
-        size = image.width
+    size = read_rgb_image(drawn[0]).width
     about = {"extractor": extractor.get_name(), "features": extractor.get_requested_features_list()[0], "size": size}
     if real.is_dir():
         files = find_pictures(real)

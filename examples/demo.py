@@ -67,7 +67,7 @@ def main() -> None:
 
     print("\nDescribing 12 real pictures never seen in training:")
     tested = pick(unseen, 12)
-    pictures = pipe.processor.image_processor.fetch_images([row["image"] for row in tested])
+    pictures = pipe.processor.image_processor.fetch_images([row["image"] for row in tested], places=False)
     answers = ask(pipe, pictures, "Describe the image.")
     right, described = {"name": 0, "style": 0, "both": 0}, []
     for row, answer in zip(tested, answers, strict=True):

@@ -31,7 +31,7 @@ from PIL import Image
 
 from ..files import path_inside
 from ..modeling_mmar.configuration_mmar import MAX_SHOWN_LENGTH, shorten, shorten_names
-from ..processors.image_processing_mmar import MAX_IMAGE_BYTES, MMARImageProcessor, read_image, read_image_file
+from ..processors.image_processing_mmar import MAX_IMAGE_BYTES, read_image_file, read_rgb_image
 from ..processors.processing_mmar import IMAGE_TOKEN_ALIAS
 from .views import KINDS
 
@@ -178,7 +178,8 @@ def open_pictures(row: dict[str, Any], name: str = "the row") -> list[Image.Imag
     for number, picture in enumerate(pictures_of(row)):
         _check_picture(picture, name)
         try:
-            opened.append(_open_picture(picture))
+            # A path here is one that `make_row` made of what the data says: of a file, never of a URL.
+            opened.append(read_rgb_image(Path(picture) if isinstance(picture, str) else picture))
         except Exception as error:
             raise BadRow(
                 f"{name} must hold pictures that can be read; picture {number} cannot: {shorten(error, 500)}"
@@ -186,14 +187,25 @@ def open_pictures(row: dict[str, Any], name: str = "the row") -> list[Image.Imag
     return opened
 
 
-def _open_picture(picture: Any) -> Image.Image:
-    # A path here is one that `make_row` made of what the data says: of a file, never of a URL.
-    image = read_image(Path(picture) if isinstance(picture, str) else picture)
-    if isinstance(image, Image.Image) and image.mode == "RGB" and not image.has_transparency_data:
-        return image
-    # Others as the model sees them, to and fro without loss.
-    reader = MMARImageProcessor(do_resize=False, do_center_crop=False)
-    return reader.postprocess(reader(image)["pixel_values"])[0]
+def open_cell(value: Any, folder: str | Path, name: str) -> Image.Image:
+    r"""
+    Opens the picture of one cell of a table, in whatever form a training row may have it.
+
+    Args:
+        value: The picture itself, or the path of a file in `folder`.
+        folder (`str` or `Path`): Where the table is.
+        name (`str`): What to call the row in errors.
+
+    Returns:
+        `PIL.Image.Image`: As `open_pictures` gives it.
+
+    Raises:
+        BadRow: If there is no picture or more than one, it leads out of the folder, or it cannot be read.
+    """
+    pictures = open_pictures(make_row({"image": value}, {}, folder, name), name)
+    if len(pictures) != 1:
+        raise BadRow(f"{name} must hold one picture; got {len(pictures)}. Give each a row of its own.")
+    return pictures[0]
 
 
 # Columns to rows
@@ -332,7 +344,7 @@ def _picture(value: Any, folder: str | Path | None, name: str) -> bytes | str | 
         # As `datasets` stores pictures.
         value = value.get("bytes") or value.get("path") or b""
     if isinstance(value, (np.ndarray, torch.Tensor)):
-        return _open_picture(value)
+        return read_rgb_image(value)
     if isinstance(value, (bytearray, memoryview)) or hasattr(value, "read"):
         return read_image_file(value, places=False)
     if not isinstance(value, str) or not value:

@@ -15,7 +15,6 @@ and each channel's `latents_mean` and `latents_std`, and beside it the latent en
 """
 
 import argparse
-import io
 import json
 import math
 import time
@@ -35,10 +34,11 @@ from torch.nn import functional as F
 from ..command import run_command
 from ..conversion.latent_moments import LatentMoments
 from ..files import check_folder
-from ..modeling_mmar.configuration_mmar import MMARConfig, shorten
+from ..modeling_mmar.configuration_mmar import MMARConfig
 from ..modeling_mmar.frozen_parts_mmar import apply_umask
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from .checkpoints import check_weights
+from .rows import open_cell
 from .views import distort, restyle
 from .words import WordReader, Words, known_words, share_told
 
@@ -52,22 +52,16 @@ LATENT_ENCODER_NAME = "latent_encoder.safetensors"
 
 def read_pictures(path: str | Path, size: int) -> tuple[list[dict[str, Any]], Tensor]:
     """
-    Reads a parquet with a column `image` {bytes, path}: its rows without the pictures, and those as
-    `torch.ByteTensor` of shape `(N, 3, size, size)`; raises `ValueError` if the column or a row's picture is missing
-    or broken.
+    Reads a parquet with a column `image`, in whatever form the rows of a training have it: its rows without the
+    pictures, and those as `torch.ByteTensor` of shape `(N, 3, size, size)`; raises `ValueError` if the column or a
+    row's picture is missing or broken.
     """
     table = pq.read_table(path)
     if "image" not in table.column_names or not len(table):
         raise ValueError(f"{Path(path).name} must have a column `image` and at least one row.")
     pictures = []
     for index, image in enumerate(table.column("image").to_pylist()):
-        try:
-            picture = Image.open(io.BytesIO(image["bytes"])).convert("RGB")
-        except (TypeError, KeyError, OSError) as error:
-            raise ValueError(
-                f"row {index} of {Path(path).name} must hold a picture's file as image {{bytes, path}}; it cannot be "
-                f"read ({shorten(error)}). Drop the row or mend it."
-            ) from error
+        picture = open_cell(image, Path(path).parent, f"row {index} of {Path(path).name}")
         pictures.append(np.asarray(picture.resize((size, size), Image.Resampling.LANCZOS)))
     rows = table.drop_columns(["image"]).to_pylist()
     return rows, torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()

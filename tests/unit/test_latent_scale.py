@@ -303,6 +303,7 @@ def test_mmar_folder_is_changed_in_the_vae_config_alone(pictures, tmp_path, monk
 
 def test_bad_input(vae_folder, pictures, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.eps").write_bytes(b"of a format that is not opened")
     cases = [
         (lambda: load_vae(tmp_path / "empty"), "no readable config.json"),
         (lambda: next(iterate_pictures(str(tmp_path / "empty"))), "expected pictures or parquet files"),
