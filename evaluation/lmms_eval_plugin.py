@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from ..modeling_mmar.configuration_mmar import shorten
+from ..processors.image_processing_mmar import read_image
 from ..processors.processing_mmar import IMAGE_TOKEN_ALIAS
 from .answers import MMARAnswerer, generation_options
 
@@ -71,12 +72,16 @@ def content_of(context: str, pictures: list[Any]) -> list[dict[str, Any]]:
 
     Args:
         context (`str`): The text.
-        pictures (`list`): PIL images, or what else `MMARImageProcessor` reads.
+        pictures (`list`): Images in whatever form `read_image` takes them. They come from the rows of a task, which
+            may name no file and no URL.
 
     Returns:
         `list[dict]`
+
+    Raises:
+        ValueError: If an image is not here itself or cannot be read.
     """
-    images = [{"type": "image", "image": picture} for picture in pictures]
+    images = [{"type": "image", "image": read_image(picture, places=False)} for picture in pictures]
     texts = context.split(IMAGE_TOKEN_ALIAS)
     if not pictures or len(texts) != len(pictures) + 1:
         return images + [{"type": "text", "text": context}]
@@ -284,10 +289,10 @@ class MMARChatForLMMSEval(MMARForLMMSEval):
                     raise ValueError(
                         f"MMAR reads texts and pictures; a task has {shorten(item['type'])}. Leave it out."
                     )
-                is_text = item["type"] == "text"
-                content.append(
-                    {"type": "text", "text": item["text"]} if is_text else {"type": "image", "image": item["url"]}
-                )
+                if item["type"] == "text":
+                    content.append({"type": "text", "text": item["text"]})
+                else:
+                    content.append({"type": "image", "image": read_image(item["url"], places=False)})
             chat.append({"role": message["role"], "content": content})
         return chat
 

@@ -46,7 +46,7 @@ try:
         MMMUDataset,
         build_dataset,
     )
-    from vlmeval.smp import dump, get_pred_file_path
+    from vlmeval.smp import LMUDataRoot, dump, get_pred_file_path
     from vlmeval.vlm.base import BaseModel
 # Its import runs dozens of others, which raise what they like where one does not fit.
 except Exception as error:
@@ -102,6 +102,8 @@ class MMARForVLMEvalKit(BaseModel):
         super().__init__()
         self.options = generation_options(options)
         self.answerer = MMARAnswerer.from_pretrained(model_path, device, dtype, batch_size)
+        # Where images of rows are, beside the kit's own folder.
+        self.image_folders: list[str] = []
 
     def use_custom_prompt(self, dataset: str | None) -> bool:
         """Whether `build_prompt` asks the benchmark's questions: multiple choice, yes/no, and the user's tables."""
@@ -118,9 +120,12 @@ class MMARForVLMEvalKit(BaseModel):
     def preproc_content(self, inputs: Any) -> Any:
         """As the kit's, but says what is wrong, and never takes a text for a file."""
         if isinstance(inputs, list) and all(isinstance(item, dict) for item in inputs):
-            chat_content(inputs)
+            self._content(inputs)
             return inputs
         return super().preproc_content(inputs)
+
+    def _content(self, message: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return chat_content(message, [LMUDataRoot(), *self.image_folders])
 
     def generate_batch(self, messages: list[list[dict[str, str]]], dataset: str | None = None) -> list[str]:
         r"""
@@ -134,9 +139,9 @@ class MMARForVLMEvalKit(BaseModel):
             `list[str]`
 
         Raises:
-            ValueError: If a message is empty, or a picture's file is not there.
+            ValueError: If a message is empty, or an image cannot be read or is a file outside of the kit's folder.
         """
-        chats = [[{"role": "user", "content": chat_content(message)}] for message in messages]
+        chats = [[{"role": "user", "content": self._content(message)}] for message in messages]
         return self.answerer.answer(chats, **self.options)
 
     def generate_inner(self, message: list[dict[str, str]], dataset: str | None = None) -> str:
@@ -145,7 +150,7 @@ class MMARForVLMEvalKit(BaseModel):
 
     def chat_inner(self, messages: list[dict[str, Any]], dataset: str | None = None) -> str:
         """Answers the last of several turns, each with `role` and `content`; called by the kit's `chat`."""
-        chat = [{"role": turn["role"], "content": chat_content(turn["content"])} for turn in messages]
+        chat = [{"role": turn["role"], "content": self._content(turn["content"])} for turn in messages]
         return self.answerer.answer([chat], **self.options)[0]
 
 
@@ -256,6 +261,8 @@ def infer(model: MMARForVLMEvalKit, dataset: Any, data: Any, answers: AnswersSoF
         ValueError: If a row cannot be answered.
     """
     model.set_dump_image(dataset.dump_image)
+    # Of a user's table it is not in the kit's folder; a benchmark of several has none of its own.
+    model.image_folders = [dataset.img_root] if hasattr(dataset, "img_root") else []
     name, size = dataset.dataset_name, model.answerer.batch_size
     is_custom = model.use_custom_prompt(name) and not getattr(dataset, "force_use_dataset_prompt", False)
     left = [i for i in range(len(data)) if str(data.iloc[i]["index"]) not in answers.answers]

@@ -6,11 +6,13 @@ import os
 import re
 import string
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import path_inside
 from ..modeling_mmar.configuration_mmar import shorten
+from ..processors.image_processing_mmar import read_image_file
 
 
 # LLaVA's words, which instruction tuning has; the Chinese ones are for Chinese questions.
@@ -78,19 +80,24 @@ def question_message(text: str, pictures: list[str]) -> list[dict[str, str]]:
     return [item for item in message if item["value"]]
 
 
-def chat_content(message: list[dict[str, Any]]) -> list[dict[str, str]]:
+def chat_content(
+    message: list[dict[str, Any]], folders: Sequence[str | os.PathLike] = ()
+) -> list[dict[str, str | bytes]]:
     r"""
     A message of the kit as the content of a chat's turn.
 
     Args:
-        message (`list[dict]`): Items with `type`, "text" or "image", and `value`, a text, or a picture's file, URL or
-            data URI, in the order in which the model reads them.
+        message (`list[dict]`): Items with `type`, "text" or "image", and `value`, a text, or an image as data URI,
+            base64 or file, in the order in which the model reads them.
+        folders (`Sequence[str]`, *optional*): Where the kit keeps the images of its rows, the only files that are
+            read: a message comes from the rows of a benchmark, which could name any file or address.
 
     Returns:
-        `list[dict[str, str]]`: For `MMARProcessor.apply_chat_template`.
+        `list[dict[str, str | bytes]]`: For `MMARProcessor.apply_chat_template`, with the content of the files.
 
     Raises:
-        ValueError: If there is nothing to read, an item is of another type, or a picture's file is not there.
+        ValueError: If there is nothing to read, an item is of another type, or an image is not there itself nor the
+            file of one in `folders`.
     """
     content = []
     for item in message:
@@ -104,9 +111,15 @@ def chat_content(message: list[dict[str, Any]]) -> list[dict[str, str]]:
         if kind == "text":
             content.append({"type": "text", "text": value})
             continue
-        if not value.startswith(("http://", "https://", "data:")) and not Path(value).is_file():
-            raise ValueError(f"expected a picture file, a URL or a data URI; there is no file {shorten(value)}.")
-        content.append({"type": "image", "url": value})
+        file = path_inside(value, folders) if os.path.isfile(value) else None
+        try:
+            image = read_image_file(value if file is None else Path(file), places=file is not None)
+        except ValueError as error:
+            raise ValueError(
+                "an image must be here itself, as base64 or a data URI, or a file in the kit's folder ($LMUData, or "
+                f"~/LMUData); {shorten(error)}"
+            ) from error
+        content.append({"type": "image", "image": image})
     if not any(item["type"] == "image" or item["text"].strip() for item in content):
         raise ValueError("a message must have text or a picture; got an empty one.")
     return content

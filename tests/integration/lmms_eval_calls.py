@@ -93,10 +93,21 @@ def main():
         result["cached"].append([unwrap_generation_output(output)[0] for output in outputs])
         # As the kit ends a run; the next one reads what it left.
         cache.finalize(success=True)
+    red = out.with_name("red.png")
+    Image.new("RGB", (8, 8), "red").save(red)
+    named = [{"role": "user", "content": [{"type": "image", "url": str(red)}]}]
     result["refused"] = {
         "batch": refusal(type(model), str(folder), batch_size="auto"),
         "model": refusal(type(model), str(folder / "none")),
         "likelihood": refusal(chat.loglikelihood, []),
+        "place": refusal(
+            model.generate_until,
+            [request("generate_until", texts[0], options[1], lambda document: [str(red)], 0, "t", "test")],
+        ),
+        "place in a chat": refusal(
+            chat.generate_until,
+            [request("generate_until", "", lambda document: named, options[1], 0, "t", "test")],
+        ),
     }
     out.write_text(json.dumps(result))
 

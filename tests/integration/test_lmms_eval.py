@@ -147,10 +147,14 @@ def test_requests_are_answered_and_scored_as_the_model_does(model, tmp_path):
     losses = answerer.log_likelihoods([chats[0]] * 2, ["red", "green"])
     assert [value for value, _ in result["choices"]] == pytest.approx([-value for value, _ in losses], rel=1e-5)
     # Log-likelihoods are what they are without the kit's cache, answers are taken from it.
-    assert result["cached"] == [[result["choices"][0], short[0]]] * 2
+    assert len(result["cached"]) == 2
+    for (loss, is_greedy), answer in result["cached"]:
+        assert loss == pytest.approx(result["choices"][0][0], rel=1e-5)
+        assert [is_greedy, answer] == [result["choices"][0][1], short[0]]
     refused = result["refused"]
     assert refused["batch"] == "--batch_size must be a number for MMAR; got 'auto'."
     assert refused["model"].startswith("expected an MMAR with processor_config.json")
+    assert all("An image must be here itself" in refused[name] for name in ("place", "place in a chat"))
     assert refused["likelihood"].endswith("log-likelihoods are served by `--model mmar`.")
 
 

@@ -69,7 +69,7 @@ def result(tables, tmp_path_factory):
     pipe.save_pretrained(home / "mmar")
     out = home / "answer.json"
     script = ROOT / "tests" / "integration" / "vlmevalkit_calls.py"
-    done = run_kit(home, script, home / "mmar", tables, home / "work", out)
+    done = run_kit(home, script, home / "mmar", tables, home / "work", out, LMUData=str(tables))
     assert done.returncode == 0, done.stderr[-6000:]
     return {**json.loads(out.read_text()), "model": str(home / "mmar")}
 
@@ -103,7 +103,8 @@ def test_messages_are_read_in_their_order_and_batches_change_nothing(result, tab
 @needs_kit
 def test_what_is_wrong_is_said(result):
     messages = {
-        "missing": "expected a picture file, a URL or a data URI; there is no file '",
+        "missing": "an image must be here itself, as base64 or a data URI, or a file in the kit's folder",
+        "outside": "an image must be here itself, as base64 or a data URI, or a file in the kit's folder",
         "empty": "a message must have text or a picture; got an empty one.",
         "video": "got type 'video'",
         "option": "got max_tokens. Drop or rename them.",

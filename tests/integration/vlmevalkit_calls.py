@@ -38,6 +38,8 @@ def command(*arguments):
 def main():
     folder, tables, work, out = map(Path, sys.argv[1:])
     red, blue = tables / "red.png", tables / "blue.png"
+    outside = work.parent / "outside.png"
+    outside.write_bytes(red.read_bytes())
     model = MMARForVLMEvalKit(str(folder), batch_size=3, max_new_tokens=6)
     messages = [
         [image(red), text("Which colour?")],
@@ -57,6 +59,7 @@ def main():
         "chat": model.chat(copy.deepcopy(turns)),
         "refused": {
             "missing": refusal(model.generate, [image(tables / "no.png"), text("?")]),
+            "outside": refusal(model.generate_batch, [[image(outside)]]),
             "empty": refusal(model.generate, []),
             "video": refusal(model.generate, [{"type": "video", "value": "a.mp4"}]),
             "option": refusal(lambda: MMARForVLMEvalKit(str(folder), max_tokens=3)),

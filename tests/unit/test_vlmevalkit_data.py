@@ -42,13 +42,14 @@ def test_pictures_stand_where_the_text_says():
 
 
 def test_messages_become_content_or_are_refused(tmp_path):
-    picture = tmp_path / "a.png"
+    picture = tmp_path / "kit" / "a.png"
+    picture.parent.mkdir()
     picture.write_bytes(b"x")
     message = [{"type": "image", "value": str(picture)}, {"type": "text", "value": "What?"}]
-    assert chat_content(message) == [{"type": "image", "url": str(picture)}, {"type": "text", "text": "What?"}]
-    assert chat_content([{"type": "image", "value": "data:image/png;base64,AAAA"}])[0]["type"] == "image"
-    with pytest.raises(ValueError, match="there is no file '.*no.png'"):
-        chat_content([{"type": "image", "value": str(tmp_path / "no.png")}])
+    expected = [{"type": "image", "image": b"x"}, {"type": "text", "text": "What?"}]
+    assert chat_content(message, [tmp_path / "other", picture.parent]) == expected
+    data = [{"type": "image", "value": f"{head}eHh4"} for head in ("data:image/png;base64,", "")]
+    assert chat_content(data) == [{"type": "image", "image": b"xxx"}] * 2
     for empty in ([], [{"type": "text", "value": " \n"}]):
         with pytest.raises(ValueError, match="must have text or a picture; got an empty one"):
             chat_content(empty)
@@ -56,6 +57,19 @@ def test_messages_become_content_or_are_refused(tmp_path):
         chat_content([{"type": "video", "value": "a.mp4"}])
     with pytest.raises(ValueError, match="got type 'text' with a value of type float"):
         chat_content([{"type": "text", "value": math.nan}])
+
+
+def test_a_row_names_no_file_but_the_kits_own(tmp_path):
+    kit, other = tmp_path / "kit", tmp_path / "other.png"
+    kit.mkdir()
+    other.write_bytes(b"x")
+    (kit / "link.png").symlink_to(other)
+    places = [str(other), other.as_uri(), str(kit / ".." / "other.png"), str(kit / "link.png"), str(kit / "none.png")]
+    for place in [*places, str(kit), "http://127.0.0.1:9/a.png", "/dev/zero", "a\0.png"]:
+        with pytest.raises(ValueError, match="image"):
+            chat_content([{"type": "image", "value": place}], [kit])
+    with pytest.raises(ValueError, match="image"):
+        chat_content([{"type": "image", "value": str(other)}])
 
 
 PICTURE = base64.b64encode(bytes(range(120))).decode()
