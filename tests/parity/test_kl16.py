@@ -71,7 +71,7 @@ def _lightning(reference, monkeypatch):
     }
 
 
-@pytest.mark.parametrize("layout", ["plain", "model", "lightning", "first_stage", "ema", "ema_entry"])
+@pytest.mark.parametrize("layout", ["plain", "model", "lightning", "first_stage", "teacher", "ema", "ema_entry"])
 def test_layouts(tmp_path, monkeypatch, layout):
     reference = _reference(decoder_attention=layout != "model")
     state = reference.state_dict()
@@ -81,6 +81,8 @@ def test_layouts(tmp_path, monkeypatch, layout):
         "model": lambda: {"model": state},
         "lightning": lambda: _lightning(reference, monkeypatch),
         "first_stage": lambda: {"state_dict": in_diffusion_model(state)},
+        # Next to another one, whose names are longer.
+        "teacher": lambda: in_diffusion_model(state) | {f"teacher.first_stage_model.{n}": zeros[n] for n in zeros},
         "ema": lambda: {"state_dict": with_lit_ema(state)},
         "ema_entry": lambda: {"model": zeros, "model_ema": state},
     }[layout]()
@@ -91,9 +93,12 @@ def test_layouts(tmp_path, monkeypatch, layout):
     _assert_equal(tmp_path / "vae", reference, 16)
 
 
-def test_without_ema(tmp_path):
-    reference = _reference()
-    torch.save({"state_dict": with_lit_ema(reference.state_dict())}, tmp_path / "model.ckpt")
+@pytest.mark.parametrize("layout", ["ema", "ema_entry"])
+def test_without_ema(tmp_path, layout):
+    state = _reference().state_dict()
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    saved = {"state_dict": with_lit_ema(state)} if layout == "ema" else {"model": zeros, "model_ema": state}
+    torch.save(saved, tmp_path / "model.ckpt")
     convert_kl16(tmp_path / "model.ckpt", tmp_path / "vae", use_ema=False)
     vae = AutoencoderKL.from_pretrained(tmp_path / "vae")
     assert all(not parameter.any() for parameter in vae.parameters())
@@ -104,7 +109,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     file = tmp_path / "model.safetensors"
     save_file(reference.state_dict(), file)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    monkeypatch.setattr(sys, "argv", ["convert_kl16", str(file), str(tmp_path / "vae"), "--sha256", digest])
+    monkeypatch.setattr(sys, "argv", ["convert_kl16", str(file), str(tmp_path / "vae"), "--sha256", digest.upper()])
     main()
     assert digest in capsys.readouterr().out
     _assert_equal(tmp_path / "vae", reference, 16)
