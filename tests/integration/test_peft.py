@@ -94,6 +94,7 @@ def test_import_takes_what_peft_wrote(tmp_path):
         ("missing", "1 are missing .*layers.0.mlp.up_proj.image_A"),
         ("left over", "1 left over .*model.language_model.layers.9"),
         ("alpha", "expected a `lora_alpha` above 0 .*got nan"),
+        ("zero alpha", "expected a `lora_alpha` above 0 .*got 0"),
         ("no rank", "expected the rank 4.*got None"),
         ("text", "adapter_config.json' cannot be read .names and values expected"),
         ("targets", "without target_parameters"),
@@ -115,6 +116,7 @@ def test_bad_adapters_change_nothing(tmp_path, case, message):
         "kind": {"peft_type": "LOHA"},
         "dora": {"use_dora": True},
         "alpha": {"lora_alpha": float("nan")},
+        "zero alpha": {"lora_alpha": 0},
         "targets": {"target_parameters": ["up_proj.weight"]},
     }.get(case, {})
     settings_file.write_text(json.dumps([] if case == "text" else settings))

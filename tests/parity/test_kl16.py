@@ -16,7 +16,7 @@ from reference_compvis import (
     with_lit_ema,
     with_random_vectors,
 )
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from mmar.conversion.convert_kl16 import convert_kl16, main
 from mmar.modeling_mmar.configuration_mmar import KL16_CONFIG
@@ -102,6 +102,14 @@ def test_without_ema(tmp_path, layout):
     convert_kl16(tmp_path / "model.ckpt", tmp_path / "vae", use_ema=False)
     vae = AutoencoderKL.from_pretrained(tmp_path / "vae")
     assert all(not parameter.any() for parameter in vae.parameters())
+
+
+def test_half_precision_becomes_float32(tmp_path):
+    state = {name: tensor.half() for name, tensor in _reference().state_dict().items()}
+    torch.save(state, tmp_path / "model.pt")
+    convert_kl16(tmp_path / "model.pt", tmp_path / "vae")
+    weights = load_file(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
 def test_command(tmp_path, monkeypatch, capsys):
