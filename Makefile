@@ -13,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 KITS := $(VENV)/kits
 
-.PHONY: demo test test-slow test-quantization test-triton test-kits test-gpu check style data vae train-tiny \
+.PHONY: demo test test-slow test-quantization test-kits test-gpu check style data vae train-tiny \
 	train-tiny-from-scratch evaluate-tiny ablations clean
 
 demo: $(VENV)/.done
@@ -30,12 +30,6 @@ test-quantization: $(VENV)/.done
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/quantization \
 		torchao bitsandbytes -c constraints.txt
 	PYTHONPATH=$(VENV)/quantization $(PYTEST) tests/integration/test_size.py
-
-# A gigabyte, and nothing else on a CPU needs it. Its version is not in constraints.txt: torch for CUDA asks for its own.
-test-triton: $(VENV)/.done
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/triton \
-		triton==3.9.0
-	PYTHONPATH=$(VENV)/triton TRITON_INTERPRET=1 $(PYTEST) tests/unit/test_fused_head.py
 
 # Apart too, for the tests of FID, and without the torchvision that it asks for: one that was built for another torch
 # than the one here would stop transformers.

@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from ..benchmarks.timing import commit, processor, versions
 from ..command import run_command
 from ..modeling_mmar.configuration_mmar import MMARDiffusionConfig
-from ..modeling_mmar.denoising_mmar import LinearSteps
 from ..modeling_mmar.diffusion_mmar import (
     TIMESTEP_INITIAL_STD,
     MMARDiffusionLinear,
@@ -38,8 +37,8 @@ from ..modeling_mmar.diffusion_mmar import (
     cosine_alphas_cumprod,
     diffusion_loss,
 )
+from ..modeling_mmar.fast_generation_mmar import LinearSteps
 from ..modeling_mmar.frozen_parts_mmar import apply_umask
-from ..modeling_mmar.packed_linear_mmar import packed_linears
 from .study import check_plots
 
 
@@ -164,19 +163,18 @@ def sample(
     sampler in float32 (Sec. 3.3.4).
     """
     scheduler.set_timesteps(num_inference_steps)
-    steps, head = LinearSteps.read_off(scheduler, num_inference_steps), network["head"]
+    steps, head = LinearSteps.of(scheduler, num_inference_steps), network["head"]
     generator, z = torch.Generator().manual_seed(seed), network["classes"].weight
-    with packed_linears(head, SAMPLE_BATCH):
-        for start in range(0, num_samples, SAMPLE_BATCH):
-            number = min(SAMPLE_BATCH, num_samples - start)
-            # (m, classes, 2): the conditions are worked out once per class, not once per point.
-            points = torch.randn(math.ceil(number / NUM_CLASSES), NUM_CLASSES, 2, generator=generator)
-            for index, timestep in enumerate(scheduler.timesteps):
-                prediction = head(points, timestep[None], z)
-                points = steps.keep[index] * points + steps.take[index] * prediction
-                if steps.noise_std[index]:
-                    points += steps.noise_std[index] * torch.randn(points.shape, generator=generator)
-            yield points.flatten(0, 1)[:number], torch.arange(NUM_CLASSES).repeat(len(points))[:number]
+    for start in range(0, num_samples, SAMPLE_BATCH):
+        number = min(SAMPLE_BATCH, num_samples - start)
+        # (m, classes, 2): the conditions are worked out once per class, not once per point.
+        points = torch.randn(math.ceil(number / NUM_CLASSES), NUM_CLASSES, 2, generator=generator)
+        for index, timestep in enumerate(scheduler.timesteps):
+            prediction = head(points, timestep[None], z)
+            points = steps.keep[index] * points + steps.take[index] * prediction
+            if steps.noise_std[index]:
+                points += steps.noise_std[index] * torch.randn(points.shape, generator=generator)
+        yield points.flatten(0, 1)[:number], torch.arange(NUM_CLASSES).repeat(len(points))[:number]
 
 
 def kept_network(

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from ..modeling_mmar.configuration_mmar import MMARConfig, shorten
-from ..modeling_mmar.denoising_mmar import start_schedule
 from ..modeling_mmar.diffusion_mmar import MMARTimestepEmbedding, cosine_alphas_cumprod
 from ..modeling_mmar.embedding_vit_mmar import MMARViTLinear
-from ..modeling_mmar.generation_mmar import ImageRun
+from ..modeling_mmar.generation_mmar import GenerationState, start_schedule
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration, MMARModel
 from ..modeling_mmar.parameterization_mmar import add_noise
 
@@ -168,7 +167,7 @@ class MMARTransfusionForConditionalGeneration(MMARForConditionalGeneration):
         schedule = cosine_alphas_cumprod(self.config.diffusion_config.num_train_timesteps)
         return torch.cat([torch.ones(1), schedule]).to(levels.device)[levels]
 
-    def embed_pictures(
+    def embed_latents(
         self,
         latent_tokens: Tensor,
         latent_mask: Tensor | None,
@@ -195,7 +194,7 @@ class MMARTransfusionForConditionalGeneration(MMARForConditionalGeneration):
         told = levels[:, None, None].expand(-1, noise.shape[1], 1)
         return self.model.latent_encoder(noisy_latents, levels), torch.cat([noise, told.to(noise)], dim=-1)
 
-    def image_losses(
+    def image_token_loss(
         self,
         latent_tokens: Tensor,
         z: Tensor,
@@ -207,41 +206,41 @@ class MMARTransfusionForConditionalGeneration(MMARForConditionalGeneration):
         losses = (self.noise_head(z).float() - noise).square().mean(-1)[None]
         return losses, (levels - 1).clamp(min=0)[None]
 
-    def draw_tokens(self, run: ImageRun) -> Tensor:
-        """All tokens at once, by as many passes of the LLM as there are diffusion steps; see `ImageRun`."""
-        if run.num_hidden != run.hidden.shape[1]:
+    def sample_tokens(self, state: GenerationState) -> Tensor:
+        """All tokens at once, by as many passes of the LLM as there are diffusion steps; see `GenerationState`."""
+        if state.num_hidden != state.hidden.shape[1]:
             raise ValueError(
-                f"`latent_mask` must hide all {run.hidden.shape[1]} latents, since the LLM denoises whole pictures; "
-                f"got {run.num_hidden} hidden ones. Inpainting needs MMAR."
+                f"`latent_mask` must hide all {state.hidden.shape[1]} latents, since the LLM denoises whole pictures; "
+                f"got {state.num_hidden} hidden ones. Inpainting needs MMAR."
             )
-        if not isinstance(run.num_inference_steps, numbers.Integral):
+        if not isinstance(state.num_inference_steps, numbers.Integral):
             raise ValueError(
                 "`num_inference_steps` must be one integer, since the LLM draws in one round; got "
-                f"{shorten(run.num_inference_steps)}. Give it together with the preset, or take another preset."
+                f"{shorten(state.num_inference_steps)}. Give it together with the preset, or take another preset."
             )
-        device, (batch, num_latents, channels) = run.tokens.device, run.tokens.shape
-        scheduler = copy.deepcopy(run.scheduler)
-        start_schedule(scheduler, run.num_inference_steps, device)
+        device, (batch, num_latents, channels) = state.tokens.device, state.tokens.shape
+        scheduler = copy.deepcopy(state.scheduler)
+        start_schedule(scheduler, state.num_inference_steps, device)
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-        step_kwargs = {"generator": run.generators} if takes_generator else {}
+        step_kwargs = {"generator": state.generators} if takes_generator else {}
         shape = (num_latents, channels)
-        noise = [torch.randn(shape, generator=own, device=own.device).to(device) for own in run.generators]
+        noise = [torch.randn(shape, generator=own, device=own.device).to(device) for own in state.generators]
         noisy_latents = torch.stack(noise) * scheduler.init_noise_sigma
         num_steps = len(scheduler.timesteps)
-        branches = 2 if run.is_guided else 1
+        branches = 2 if state.is_guided else 1
         everywhere = torch.arange(num_latents, device=device).expand(branches * batch, -1)
         for step, timestep in enumerate(scheduler.timesteps):
             scaled = scheduler.scale_model_input(noisy_latents, timestep)
             levels = (timestep.round().long() + 1).to(device).expand(batch)
             embeds = self.model.latent_encoder(scaled, levels)
-            z = run.context.run(embeds.repeat(branches, 1, 1), everywhere)
+            z = state.context.condition(embeds.repeat(branches, 1, 1), everywhere)
             prediction = self.noise_head(z.to(self.noise_head.weight.dtype)).float()
-            if run.is_guided:
+            if state.is_guided:
                 conditional, unconditional = prediction.chunk(2)
-                prediction = torch.lerp(unconditional, conditional, run.scales(1.0, num_steps)[step])
+                prediction = torch.lerp(unconditional, conditional, state.guidance_scales(1.0, num_steps)[step])
             noisy_latents = scheduler.step(prediction, timestep, noisy_latents, **step_kwargs).prev_sample
-            hidden = run.hidden if step < num_steps - 1 else torch.zeros_like(run.hidden)
-            noisy_latents, is_interrupted = self.call_back(run, step, num_steps, noisy_latents, hidden)
+            hidden = state.hidden if step < num_steps - 1 else torch.zeros_like(state.hidden)
+            noisy_latents, is_interrupted = self.call_back(state, step, num_steps, noisy_latents, hidden)
             if is_interrupted:
                 break
         return noisy_latents

@@ -190,7 +190,7 @@ class MMARVQForConditionalGeneration(MMARForConditionalGeneration):
             entries = self.vae.quantize.embedding(codes).permute(0, 3, 1, 2)
             return self.vae.decode(entries, force_not_quantize=True).sample.float()
 
-    def image_losses(
+    def image_token_loss(
         self,
         latent_tokens: Tensor,
         z: Tensor,
@@ -202,8 +202,10 @@ class MMARVQForConditionalGeneration(MMARForConditionalGeneration):
         losses = F.cross_entropy(logits, self.codes_of(latent_tokens), reduction="none")[None]
         return losses, torch.zeros_like(losses, dtype=torch.long)
 
-    def token_sampler(self, scheduler: Any, num_inference_steps: int, device: torch.device) -> CodeSampler:
-        return CodeSampler(self.code_head, self.codebook)
+    def token_samplers(
+        self, scheduler: Any, step_counts: set[int], device: torch.device, rows: int, fast: bool
+    ) -> dict[int, CodeSampler]:
+        return dict.fromkeys(step_counts, CodeSampler(self.code_head, self.codebook))
 
 
 __all__ = ["MMARVQConfig", "MMARVQForConditionalGeneration", "MMARVQModel"]

@@ -10,7 +10,6 @@ the same is said by tests/parity/test_reference.py and tests/unit/test_generatio
 """
 
 import argparse
-import copy
 import importlib.util
 import statistics
 from collections.abc import Callable
@@ -27,10 +26,8 @@ from ..command import run_command
 from ..conversion.init_from_qwen2 import load_preset
 from ..files import check_folder
 from ..modeling_mmar.configuration_mmar import MMARConfig
-from ..modeling_mmar.denoising_mmar import Denoiser
-from ..modeling_mmar.image_layers_mmar import MergedContext, PlainContext
+from ..modeling_mmar.fast_generation_mmar import PackedLinear, can_pack
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
-from ..modeling_mmar.packed_linear_mmar import PackedLinear, can_pack, packed_linears
 from .mar_sampler import TableSampler
 from .timing import Ratio, commit, peak_gibibytes, processor, take_turns, versions
 
@@ -115,16 +112,6 @@ def random_model(
     return model
 
 
-def packed(module: nn.Module, num_rows: int) -> nn.Module:
-    """A copy whose linears stay packed, as within a picture; the other's are left as they are."""
-    module = copy.deepcopy(module)
-    context = packed_linears(module, num_rows)
-    context.__enter__()
-    # Leaving would undo it.
-    module.packed_context = context
-    return module
-
-
 def texts() -> tuple[list[int], list[int]]:
     generator = torch.Generator().manual_seed(SEED)
     ids = torch.randint(0, NUM_TEXT_IDS, (NUM_TEXT + NUM_NULL,), generator=generator).tolist()
@@ -147,16 +134,16 @@ def autoregressive_step(model: MMARForConditionalGeneration) -> Pair:
         conditions = [reference.condition(model, ids, tokens[0], hidden[0].tolist()) for ids in (text, null_text)]
         return torch.stack([z[place] for z in conditions])
 
-    language_model, latent_encoder = model.model.language_model, packed(model.model.latent_encoder, num_known)
+    latent_encoder = model.model.latent_encoder
     padded = torch.tensor([text, [0] * (NUM_TEXT - NUM_NULL) + null_text])
     mask = (torch.arange(NUM_TEXT) >= torch.tensor([[0], [NUM_TEXT - NUM_NULL]])).long()
     with torch.no_grad():
-        context = MergedContext(language_model, padded, mask, num_latents)
+        context = model.text_context(padded, mask, fast=True)
     positions = torch.full((2, 1), place)
 
     def fast() -> Tensor:
         embeds = latent_encoder(tokens, hidden, num_known)
-        return context.run(embeds.repeat(2, 1, 1), positions)[:, 0]
+        return context.condition(embeds.repeat(2, 1, 1), positions)[:, 0]
 
     return Pair("AR step", "plain protocol", plain, fast, 1, "step", bar=2.4)
 
@@ -189,10 +176,10 @@ def denoise_steps(model: MMARForConditionalGeneration, num_tokens: int) -> list[
     schedule = torch.tensor(reference.alphas_cumprod(model.config.diffusion_config.num_train_timesteps))
     mar = TableSampler(head, schedule, timesteps)
     with torch.no_grad():
-        denoiser = Denoiser(packed(head, 2 * num_tokens), model.default_scheduler(), NUM_STEPS, z.device)
+        samplers = model.token_samplers(model.default_scheduler(), {NUM_STEPS}, z.device, 2 * num_tokens, fast=True)
 
     def fast() -> Tensor:
-        return denoiser(z, [GUIDANCE] * NUM_STEPS, [torch.Generator().manual_seed(SEED)])
+        return samplers[NUM_STEPS](z, [GUIDANCE] * NUM_STEPS, [torch.Generator().manual_seed(SEED)])
 
     name = f"denoise step, {num_tokens} token{'s' if num_tokens > 1 else ''}"
     pairs = [
@@ -236,20 +223,20 @@ def whole_picture(model: MMARForConditionalGeneration) -> Pair:
 
 def merged_against_masked(model: MMARForConditionalGeneration) -> Pair:
     """The language model on a picture's tokens: PLoRA beside the base linears, and merged into them."""
-    language_model, num_latents = model.model.language_model, model.config.num_latents
+    num_latents = model.config.num_latents
     ids, mask = torch.tensor([texts()[0]]), torch.ones(1, NUM_TEXT, dtype=torch.long)
     with torch.no_grad():
-        contexts = [kind(language_model, ids, mask, num_latents) for kind in (PlainContext, MergedContext)]
+        contexts = [model.text_context(ids, mask, fast) for fast in (False, True)]
     embeds = torch.randn(1, num_latents, model.config.text_config.hidden_size)
     positions = torch.arange(num_latents)[None]
-    plain, fast = (lambda context=context: context.run(embeds, positions) for context in contexts)
+    plain, fast = (lambda context=context: context.condition(embeds, positions) for context in contexts)
     return Pair("language model on image tokens, merged", "PLoRA beside the linears", plain, fast, 1, "pass")
 
 
 def packed_product(num_rows: int) -> Pair:
     """The head's first linear of a block of MMAR-0.5B, as torch runs it and with packed weights."""
     linear = nn.Linear(1024, 4096)
-    packed_linear = PackedLinear(linear.weight, linear.bias, num_rows=num_rows)
+    packed_linear = PackedLinear(linear.weight, linear.bias, num_rows)
     inputs, number = torch.randn(num_rows, 1024), max(1, 256 // num_rows)
 
     def repeated(run: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
@@ -336,8 +323,8 @@ def report(rows: list[str], num_runs: int) -> str:
 {date.today().isoformat()}, commit {commit()}, {processor()}, one thread, float32, {packed}; {versions()}.
 Written by `python -m mmar.benchmarks.generation`. Widths of MMAR-0.5B with random weights: AR step and whole picture
 with 3 layers of the language model, 2 of EmbeddingViT and one block of the head, an eighth of each; the picture has
-16 latents, {NUM_STEPS} diffusion steps each; merging its weights is not in its time, since they are kept between
-pictures. CPU time, medians of {num_runs} runs in turn; in brackets the middle half of the ratios.{memory}
+16 latents, {NUM_STEPS} diffusion steps each, and its time includes merging the weights, which takes as long for 256
+latents. CPU time, medians of {num_runs} runs in turn; in brackets the middle half of the ratios.{memory}
 
 {HEAD}
 {body}

@@ -29,17 +29,14 @@ from ..command import run_command
 from ..conversion.init_from_qwen2 import load_preset
 from ..files import check_folder
 from ..modeling_mmar.configuration_mmar import MMARConfig
-from ..modeling_mmar.denoising_mmar import Denoiser
-from ..modeling_mmar.generation_mmar import PRESETS, RoundEncoder
-from ..modeling_mmar.graphs_mmar import CALLS_BEFORE_CAPTURE
-from ..modeling_mmar.image_layers_mmar import MergedContext, PlainContext
+from ..modeling_mmar.generation_mmar import PRESETS
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from .timing import commit, versions
 
 
 NUM_TEXT, GUIDANCE, BRANCHES, SEED = 32, 3.0, 2, 0
 MAX_PICTURE_SECONDS = 40.0
-NUM_RUNS = 5
+NUM_RUNS, NUM_BEFORE = 5, 2
 NUM_COLUMNS = 8
 STD, NUM_TEXT_IDS = 0.02, 100
 # Of the cards' data sheets, by torch's names: bytes per second of their memory, dense bfloat16 operations per second.
@@ -73,17 +70,16 @@ def random_model(config: MMARConfig, device: torch.device, dtype: torch.dtype) -
 
 
 def seconds(run: Callable[[], object], device: torch.device, num_runs: int = NUM_RUNS) -> float:
-    """Median wall time of a call with what it launches; some before it, until all is captured that will be."""
+    """Median wall time of a call with what it launches, after some calls that are not counted."""
     times = []
-    num_before = CALLS_BEFORE_CAPTURE + 2 if device.type == "cuda" else 1
-    for index in range(num_before + num_runs):
+    for index in range(NUM_BEFORE + num_runs):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        if index >= num_before:
+        if index >= NUM_BEFORE:
             times.append(time.perf_counter() - start)
     return statistics.median(times)
 
@@ -104,28 +100,27 @@ def num_weights(*modules: nn.Module) -> int:
 def language_model_stage(model: MMARForConditionalGeneration, batch: int, is_plain: bool) -> Stage:
     """One round's pass over the image tokens of both branches."""
     language_model, num_latents, device = model.model.language_model, model.config.num_latents, model.device
-    context = (PlainContext if is_plain else MergedContext)(language_model, *prompts(model, batch), num_latents)
+    context = model.text_context(*prompts(model, batch), fast=not is_plain)
     embeds = torch.randn(BRANCHES * batch, num_latents, model.config.text_config.hidden_size, device=device)
     embeds, positions = embeds.to(model.dtype), torch.zeros(BRANCHES * batch, 1, dtype=torch.long, device=device)
     number, size = num_weights(language_model.layers), language_model.embed_tokens.weight.element_size()
     return Stage(
         "language model",
-        seconds(lambda: context.run(embeds, positions), device),
+        seconds(lambda: context.condition(embeds, positions), device),
         number * size,
         number * BRANCHES * batch * num_latents,
     )
 
 
-def encoder_stage(model: MMARForConditionalGeneration, batch: int, is_plain: bool) -> Stage:
+def encoder_stage(model: MMARForConditionalGeneration, batch: int) -> Stage:
     """EmbeddingViT on half of the tokens, for both branches at once."""
     num_latents, device, encoder = model.config.num_latents, model.device, model.model.latent_encoder
-    run = encoder if is_plain else RoundEncoder(encoder)
     tokens = torch.randn(batch, num_latents, model.config.latent_channels, device=device)
     hidden = (torch.arange(num_latents, device=device) >= num_latents // 2).expand(batch, -1)
     of_known, of_all = num_weights(encoder.post_projector, encoder.embedding_vit), num_weights(encoder.vis_projector)
     return Stage(
         "EmbeddingViT",
-        seconds(lambda: run(tokens, hidden, num_latents // 2), device),
+        seconds(lambda: encoder(tokens, hidden, num_latents // 2), device),
         (of_known + of_all) * encoder.mask_token.element_size(),
         batch * num_latents * (of_known / 2 + of_all),
     )
@@ -133,10 +128,10 @@ def encoder_stage(model: MMARForConditionalGeneration, batch: int, is_plain: boo
 
 def denoise(model: MMARForConditionalGeneration, batch: int, num_steps: int) -> Callable[[], Tensor]:
     """One round's denoise loop for one token a picture."""
-    denoiser = Denoiser(model.diffusion_mlp, model.default_scheduler(), num_steps, model.device)
+    samplers = model.token_samplers(model.default_scheduler(), {num_steps}, model.device, BRANCHES * batch, fast=True)
     z = torch.randn(BRANCHES * batch, model.config.text_config.hidden_size, device=model.device)
     z, generators = z.to(model.dtype), [torch.Generator().manual_seed(seed) for seed in range(batch)]
-    return lambda: denoiser(z, [GUIDANCE] * num_steps, generators)
+    return lambda: samplers[num_steps](z, [GUIDANCE] * num_steps, generators)
 
 
 def plain_denoise(model: MMARForConditionalGeneration, batch: int, num_steps: int) -> Callable[[], Tensor]:
@@ -228,7 +223,7 @@ def measure(
             is_plain = way == "plain"
             stages = [
                 language_model_stage(model, batch, is_plain),
-                encoder_stage(model, batch, is_plain),
+                encoder_stage(model, batch),
                 denoise_stage(model, batch, num_steps, is_plain),
             ]
             yield from (stage_row(name, batch, way, stage, card) for stage in stages)
@@ -238,11 +233,11 @@ def measure(
             multiple = "" if floor is None else f"{estimate / floor:.1f}"
             yield row(name, batch, way, what, f"{estimate:.2f} s", "", "", multiple)
         for preset, settings in PRESETS.items():
-            rounds = model.num_rounds(settings, num_latents)
+            rounds = model.num_ar_steps(settings, num_latents)
             if preset == "paper" and estimate > MAX_PICTURE_SECONDS:
                 continue
             run = draw(model, batch, preset=preset)
-            run()  # merges weights
+            run()
             start = time.perf_counter()
             run()  # ends with a check of the latents, which waits for the device
             whole = time.perf_counter() - start

@@ -44,6 +44,7 @@ from .diffusion_mmar import (
     diffusion_losses,
 )
 from .embedding_vit_mmar import MMAREmbeddingViT, MMARLatentEncoder, MMARViTLinear
+from .fast_generation_mmar import MMARFastGenerationMixin
 from .frozen_parts_mmar import (
     DOWNLOAD_ARGUMENTS,
     KEY_MAPPING,
@@ -55,8 +56,6 @@ from .frozen_parts_mmar import (
     names_in_index,
     part_of,
 )
-from .generation_mmar import MMARImageGenerationMixin
-from .image_layers_mmar import ImageWeights
 from .masking_mmar import (
     cached_position_ids,
     forget_last_tokens,
@@ -408,7 +407,7 @@ class MMARModel(MMARPreTrainedModel):
         return shared_position_ids(image_token_mask, self.config.num_latents, padding_mask) + start
 
 
-class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin, GenerationMixin):
+class MMARForConditionalGeneration(MMARPreTrainedModel, MMARFastGenerationMixin, GenerationMixin):
     r"""
     MMAR with its heads: text through the `lm_head`, pictures through the Diffusion MLP and the frozen VAE.
 
@@ -444,6 +443,7 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         self.add_image_head()
         # Last, since the first parameter's dtype is the model's. Its own config holds the latent scale.
         self.vae = self.vae_class(**config.vae_config)
+        self.fused_plora = None
         if config.tie_word_embeddings:
             # A Trainer that resumes does not miss what was not saved on purpose.
             self._keys_to_ignore_on_save = list(self._tied_weights_keys)
@@ -464,16 +464,16 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         """What draws an image token from its z."""
         return self.diffusion_mlp
 
-    def embed_pictures(
+    def embed_latents(
         self,
         latent_tokens: Tensor,
         latent_mask: Tensor | None,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Latents `(I, N, C)` to the LLM's inputs `(I, N, D)`, and to what `image_losses` is told of each of them."""
+        """Latents `(I, N, C)` to the LLM's inputs `(I, N, D)`, and to what `image_token_loss` takes of each."""
         return self.model.latent_encoder(latent_tokens, latent_mask), latent_tokens
 
-    def image_losses(
+    def image_token_loss(
         self,
         latent_tokens: Tensor,
         z: Tensor,
@@ -788,14 +788,12 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         super().train(mode)
         self.vae.train(False)
         if mode:
-            ImageWeights.drop(self.model.language_model)
+            self.unfuse_plora()
         return self
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
-        # Moved or cast, the model needs others, and these would stay where it was.
-        if hasattr(self, "model"):
-            ImageWeights.drop(self.model.language_model)
-        return super()._apply(fn, recurse)
+    def load_state_dict(self, *args, **kwargs):
+        self.unfuse_plora()
+        return super().load_state_dict(*args, **kwargs)
 
     # ----------------------------------------------------------------------------------------------------- latents
 
@@ -1005,7 +1003,7 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         # 2., 3. Hide latents, embed the pictures.
         image_embeds, targets = None, None
         if latent_tokens is not None:
-            image_embeds, targets = self.embed_pictures(latent_tokens, latent_mask, generator)
+            image_embeds, targets = self.embed_latents(latent_tokens, latent_mask, generator)
 
         # 4., 5. Build the sequence, run the LLM.
         if image_token_mask is None and latent_tokens is not None and (input_ids is None) != (inputs_embeds is None):
@@ -1036,7 +1034,7 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
             z = hidden_states.flatten(0, 1)[places].view(num_images, num_latents, -1)
             if latent_mask is not None and bool(latent_mask.any()):
                 num_tokens = latent_mask.sum(-1).tolist() if isinstance(generator, list) else None
-                token_losses, timesteps = self.image_losses(
+                token_losses, timesteps = self.image_token_loss(
                     targets[latent_mask], z[latent_mask], generator, num_tokens
                 )
                 image_loss, token_losses = token_losses.mean(), token_losses.detach()
@@ -1090,10 +1088,10 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARImageGenerationMixin
         if targets is None:
             tokens = torch.zeros(1, self.config.num_latents, self.config.latent_channels, device=device)
             nothing_hidden = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=device)
-            embeds, targets = self.embed_pictures(tokens, nothing_hidden, generator)
+            embeds, targets = self.embed_latents(tokens, nothing_hidden, generator)
             output = output + embeds.float().sum()
         if image_loss is None:
-            losses, _ = self.image_losses(targets[:1, 0], hidden_states[:1, 0], generator)
+            losses, _ = self.image_token_loss(targets[:1, 0], hidden_states[:1, 0], generator)
             output = output + losses.sum()
         return 0.0 * output
 

@@ -253,7 +253,7 @@ class MMARPipeline(DiffusionPipeline):
         preset: str | None = None,
         order: str = "random",
         guidance_interval: tuple[float, float] = (0.0, 1.0),
-        merge_image_weights: bool | None = None,
+        fast: bool | None = None,
         height: int | None = None,
         width: int | None = None,
     ) -> MMARPipelineOutput | tuple:
@@ -296,9 +296,9 @@ class MMARPipeline(DiffusionPipeline):
                 trained, `"checkerboard"`, at random but first those that share no side, or `"raster"`, row by row.
             guidance_interval (`tuple[float, float]`, *optional*, defaults to `(0.0, 1.0)`): The diffusion steps that
                 are guided, as shares of all of them from the noisiest on.
-            merge_image_weights (`bool`, *optional*): Draw by weights with PLoRA merged in: the same up to rounding and
-                faster, for a second copy of the language model's layers in memory. By default where the accelerator
-                has room for it.
+            fast (`bool`, *optional*): Whether to generate in faster ways, which need a second copy of the language
+                model's layers in memory for the call and give the same up to rounding. By default where the
+                accelerator has room for it.
             height, width (`int`, *optional*): As diffusers' pipelines have them; only the model's `image_size`.
 
         Returns:
@@ -328,7 +328,7 @@ class MMARPipeline(DiffusionPipeline):
         defaults, chosen = config.image_generation, self.model.image_preset(preset)
         guidance_scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
         num_to_draw = config.num_latents if latent_mask is None else int(latent_mask.sum(-1).min())
-        num_ar_steps = self.model.num_rounds(chosen, num_to_draw) if num_ar_steps is None else num_ar_steps
+        num_ar_steps = self.model.num_ar_steps(chosen, num_to_draw) if num_ar_steps is None else num_ar_steps
         # For callers to read; one that draws in another thread has settings of its own, but the same `interrupt`.
         self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, num_ar_steps, False
 
@@ -380,7 +380,7 @@ class MMARPipeline(DiffusionPipeline):
                 latent_mask=None if latent_mask is None else latent_mask.to(device),
                 callback=on_step_end,
                 output_type="latent",
-                merge_image_weights=merge_image_weights,
+                fast=fast,
                 height=height,
                 width=width,
             )

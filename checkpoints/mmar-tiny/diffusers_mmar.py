@@ -9,20 +9,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     # diffusers copies the files named here and no others.
     from .card_mmar import *  # noqa: F403
+    from .checks_mmar import *  # noqa: F403
     from .configuration_mmar import *  # noqa: F403
-    from .denoising_mmar import *  # noqa: F403
     from .diffusion_mmar import *  # noqa: F403
     from .embedding_vit_mmar import *  # noqa: F403
+    from .fast_generation_mmar import *  # noqa: F403
     from .frozen_parts_mmar import *  # noqa: F403
-    from .fused_head_mmar import *  # noqa: F403
     from .generation_mmar import *  # noqa: F403
-    from .graphs_mmar import *  # noqa: F403
     from .hub_mmar import *  # noqa: F403
-    from .image_layers_mmar import *  # noqa: F403
     from .image_processing_mmar import *  # noqa: F403
     from .masking_mmar import *  # noqa: F403
     from .modeling_mmar import *  # noqa: F403
-    from .packed_linear_mmar import *  # noqa: F403
     from .parameterization_mmar import *  # noqa: F403
     from .pipeline_mmar import *  # noqa: F403
     from .plora_mmar import *  # noqa: F403

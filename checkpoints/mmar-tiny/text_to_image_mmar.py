@@ -18,7 +18,7 @@ GENERATION_ARGUMENTS = (
     "order",
     "generator",
     "scheduler",
-    "merge_image_weights",
+    "fast",
     "height",
     "width",
 )
@@ -31,8 +31,8 @@ class MMARTextToImagePipeline(Pipeline):
 
     Arguments of a call, or of the pipeline as defaults of its calls: `negative_prompt`, `guidance_scale`,
     `guidance_schedule`, `guidance_interval`, `preset`, `num_ar_steps`, `num_inference_steps`, `order`, `generator`
-    (in a call also a list with one per prompt, which are generated one by one), `scheduler`, `merge_image_weights`,
-    `height` and `width` (the model's own), `output_type` ("pil", "np" or "pt") and, of every pipeline, `batch_size`.
+    (in a call also a list with one per prompt, which are generated one by one), `scheduler`, `fast`, `height` and
+    `width` (the model's own), `output_type` ("pil", "np" or "pt") and, of every pipeline, `batch_size`.
 
     Example:
 

@@ -90,7 +90,7 @@ def test_arguments_that_cost_less(pipe):
     plain = latents(pipe, PROMPT, generator=seeded(), **settings)
     for argument in ({"order": "raster"}, {"guidance_interval": (0.5, 1.0)}, {"num_inference_steps": (4, 2)}):
         assert not torch.equal(latents(pipe, PROMPT, generator=seeded(), **settings | argument), plain)
-    unmerged = latents(pipe, PROMPT, generator=seeded(), **settings, merge_image_weights=False)
+    unmerged = latents(pipe, PROMPT, generator=seeded(), **settings, fast=False)
     torch.testing.assert_close(unmerged, plain, **BATCH_TOLERANCE)
 
 

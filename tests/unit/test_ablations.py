@@ -134,7 +134,7 @@ def test_pictures(system):
     assert not torch.allclose(other[0], latents[0], atol=1e-3)
     unguided = draw(model, generator=[seeded(0), seeded(1)], guidance_scale=1.0, output_type="latent")
     assert not torch.allclose(unguided, latents, atol=1e-3)
-    merged = draw(model, generator=[seeded(0), seeded(1)], output_type="latent", merge_image_weights=False)
+    merged = draw(model, generator=[seeded(0), seeded(1)], output_type="latent", fast=False)
     torch.testing.assert_close(merged, latents, atol=tolerance, rtol=tolerance)
 
 

@@ -1,13 +1,13 @@
-"""The sampler with everything computed before the loop, against the head and diffusers' schedulers step by step."""
+"""Tokens by diffusion: the plain and the fast sampler against the head and diffusers' schedulers step by step."""
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
 from helpers import seeded, tiny_model
 
-from mmar.modeling_mmar import denoising_mmar
-from mmar.modeling_mmar.denoising_mmar import Denoiser, LinearSteps, PreparedHead, step_noise
+from mmar.modeling_mmar import fast_generation_mmar
 from mmar.modeling_mmar.diffusion_mmar import MMARDiffusionBlock, MMARDiffusionMLP
+from mmar.modeling_mmar.fast_generation_mmar import CachedDiffusionHead, LinearSteps, step_noise
 
 
 # One float32 product summed in another order, values near 1.
@@ -29,28 +29,33 @@ def model():
     return tiny_model()
 
 
+def sampler_of(model, scheduler, num_steps, fast=True):
+    return model.token_samplers(scheduler, {num_steps}, torch.device("cpu"), 16, fast)[num_steps]
+
+
 def conditions(model, number, seed=0):
     return torch.randn(number, model.config.text_config.hidden_size, generator=seeded(seed))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("max_elements", [1, 2000, 10**9], ids=["a step at a time", "some steps", "all steps"])
-def test_prepared_head_is_the_head(model, monkeypatch, max_elements):
-    monkeypatch.setattr(denoising_mmar, "MAX_MODULATION_ELEMENTS", max_elements)
+def test_cached_head_is_the_head(model, monkeypatch, max_elements):
+    monkeypatch.setattr(fast_generation_mmar, "MAX_MODULATION_ELEMENTS", max_elements)
     head, z = model.diffusion_mlp, conditions(model, 6)
     timesteps = torch.tensor([999, 700, 400, 13, 0])
-    prepared = PreparedHead(head, head.timestep_embedding(timesteps), z)
+    linears = {part: part for part in head.modules()}
+    cached = CachedDiffusionHead(head, linears, head.timestep_embedding(timesteps), z)
     for step, timestep in enumerate(timesteps):
         for number in (6, 3):
             noisy_latents = torch.randn(number, 4, generator=seeded(step))
             expected = head(noisy_latents, timestep.expand(number), z[:number])
-            torch.testing.assert_close(prepared(step, noisy_latents), expected, atol=ATOL, rtol=ATOL)
+            torch.testing.assert_close(cached(step, noisy_latents), expected, atol=ATOL, rtol=ATOL)
     assert expected.std() > 0.1
 
 
 @pytest.mark.parametrize("scheduler", LINEAR.values(), ids=LINEAR)
 def test_linear_steps_are_the_schedulers(scheduler):
-    steps = LinearSteps.read_off(scheduler, 7)
+    steps = LinearSteps.of(scheduler, 7)
     scheduler.set_timesteps(7)
     for index, timestep in enumerate(scheduler.timesteps):
         sample, prediction = torch.randn(2, 5, 4, generator=seeded(index)).double()
@@ -70,10 +75,10 @@ def test_steps_with_memory_or_unknown_ones_are_not_read_off():
 
     for scheduler_class in (DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, MyScheduler):
         scheduler = scheduler_class.from_config(LINEAR["DDPM"].config)
-        assert LinearSteps.read_off(scheduler, 5) is None
+        assert LinearSteps.of(scheduler, 5) is None
     # Reading off leaves the scheduler as it was.
     scheduler = DDPMScheduler(**SCHEDULE)
-    LinearSteps.read_off(scheduler, 5)
+    LinearSteps.of(scheduler, 5)
     assert scheduler.num_inference_steps is None
 
 
@@ -114,23 +119,24 @@ def plain_tokens(model, scheduler, z, scales, generators, num_inference_steps):
 @pytest.mark.parametrize(
     "scheduler_class", [DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler]
 )
-def test_denoiser_is_the_plain_loop(model, scheduler_class, scales):
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
+def test_tokens_are_those_of_single_calls(model, scheduler_class, scales, fast):
     scheduler = scheduler_class.from_config(LINEAR["DDPM"].config)
     z = conditions(model, 6 if scales is None else 12)
-    denoiser = Denoiser(model.diffusion_mlp, scheduler, 6, torch.device("cpu"))
+    sampler = sampler_of(model, scheduler, 6, fast)
     expected = plain_tokens(model, scheduler, z, scales, [seeded(1), seeded(2)], 6)
     for _ in range(2):  # a second time, as in each round
-        tokens = denoiser(z, scales, [seeded(1), seeded(2)])
+        tokens = sampler(z, scales, [seeded(1), seeded(2)])
         torch.testing.assert_close(tokens, expected, atol=2e-5, rtol=2e-5)
 
 
 @torch.no_grad()
 def test_a_head_with_hooks_is_called_as_a_whole(model):
     scheduler, z, calls = LINEAR["DDPM"], conditions(model, 4), []
-    expected = Denoiser(model.diffusion_mlp, scheduler, 5, torch.device("cpu"))(z, None, [seeded(0)])
+    expected = sampler_of(model, scheduler, 5)(z, None, [seeded(0)])
     handle = model.diffusion_mlp.register_forward_hook(lambda *_: calls.append(1))
     try:
-        tokens = Denoiser(model.diffusion_mlp, scheduler, 5, torch.device("cpu"))(z, None, [seeded(0)])
+        tokens = sampler_of(model, scheduler, 5)(z, None, [seeded(0)])
     finally:
         handle.remove()
     assert len(calls) == 5
@@ -158,20 +164,20 @@ def test_a_head_of_another_class_is_called_as_a_whole(part):
         head.blocks[1].__class__ = LouderBlock
     else:
         head.blocks[1] = torch.compile(head.blocks[1], backend="eager")
-    tokens = Denoiser(head, scheduler, 5, torch.device("cpu"))(z, [2.0] * 5, [seeded(0)])
+    tokens = sampler_of(model, scheduler, 5)(z, [2.0] * 5, [seeded(0)])
     expected = plain_tokens(model, scheduler, z, [2.0] * 5, [seeded(0)], 5)
     torch.testing.assert_close(tokens, expected, atol=2e-5, rtol=2e-5)
 
 
 @torch.no_grad()
 def test_steps_without_guidance_leave_the_unconditional_half_out(model, monkeypatch):
-    rows, call = [], PreparedHead.__call__
+    rows, call = [], CachedDiffusionHead.__call__
 
     def counted(self, step, noisy_latents):
         rows.append(len(noisy_latents))
         return call(self, step, noisy_latents)
 
-    monkeypatch.setattr(PreparedHead, "__call__", counted)
-    denoiser = Denoiser(model.diffusion_mlp, LINEAR["DDPM"], 4, torch.device("cpu"))
-    denoiser(conditions(model, 6), [1.0, 2.0, 2.0, 1.0], [seeded(0)])
+    monkeypatch.setattr(CachedDiffusionHead, "__call__", counted)
+    sampler = sampler_of(model, LINEAR["DDPM"], 4)
+    sampler(conditions(model, 6), [1.0, 2.0, 2.0, 1.0], [seeded(0)])
     assert rows == [3, 6, 6, 3]

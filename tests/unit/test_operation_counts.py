@@ -11,9 +11,6 @@ from helpers import random_text, seeded, tiny_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmar.modeling_mmar import denoising_mmar, fused_head_mmar
-from mmar.modeling_mmar.denoising_mmar import Denoiser
-from mmar.modeling_mmar.image_layers_mmar import MergedContext
 from mmar.modeling_mmar.masking_mmar import tokens_per_step
 
 
@@ -79,7 +76,8 @@ def draw(model, guided=True):
 
 @pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])
 def test_multiply_adds_of_a_picture(model, guided):
-    draw(model, guided)  # merges the weights
+    model.fuse_plora()
+    draw(model, guided)  # reads the schedule
     with Operators() as operators:
         draw(model, guided)
     branches, num_latents = 2 if guided else 1, model.config.num_latents
@@ -111,9 +109,9 @@ def test_operators_of_a_diffusion_step(model):
     """The difference of seven steps and six: no more than six of each block and twelve around."""
     z, counts = torch.randn(2, 64, generator=seeded(0)), []
     for num_steps in (6, 7):
-        denoiser = Denoiser(model.diffusion_mlp, model.default_scheduler(), num_steps, z.device)
+        sampler = model.token_samplers(model.default_scheduler(), {num_steps}, z.device, 2, fast=True)[num_steps]
         with Operators() as operators:
-            denoiser(z, [2.0] * num_steps, [seeded(0)])
+            sampler(z, [2.0] * num_steps, [seeded(0)])
         assert not operators.waiting()
         counts.append(Counter({name: n for name, n in operators.names.items() if name not in NO_KERNELS}))
     added = counts[1] - counts[0]
@@ -125,40 +123,14 @@ def test_operators_of_a_diffusion_step(model):
 
 
 @torch.no_grad()
-def test_kernels_of_a_fused_diffusion_step(model, monkeypatch):
-    """Two of each block and eight around: 32 where MMAR-7B's head has 12 blocks."""
-    launched, counts, z = [], [], torch.randn(2, 64, generator=seeded(0))
-
-    def fused_linear(inputs, linear, *_, **__):
-        launched.append(1)
-        # The one thing that is left of it here: a place to write to, which is no kernel.
-        return inputs.new_empty(len(inputs), linear.out_features)
-
-    monkeypatch.setattr(denoising_mmar, "can_fuse", lambda *_: True)
-    monkeypatch.setattr(fused_head_mmar, "fused_linear", fused_linear)
-    for num_steps in (6, 7):
-        launched.clear()
-        denoiser = Denoiser(model.diffusion_mlp, model.default_scheduler(), num_steps, z.device)
-        with Operators() as operators:
-            denoiser(z, [2.0] * num_steps, [seeded(0)])
-        counts.append(Counter({name: n for name, n in operators.names.items() if name not in NO_KERNELS}))
-        counts[-1]["fused"] = len(launched)
-    added = counts[1] - counts[0]
-    added.pop("randn", None)
-    num_blocks = len(model.diffusion_mlp.blocks)
-    assert added["fused"] == 2 * num_blocks + 1
-    assert sum(added.values()) <= 2 * num_blocks + 8, added
-
-
-@torch.no_grad()
-def test_nothing_waits_within_a_round(model):
-    language_model, num_latents = model.model.language_model, model.config.num_latents
-    context = MergedContext(language_model, random_text(2, 5), torch.ones(2, 5, dtype=torch.long), num_latents)
+def test_nothing_waits_within_an_autoregressive_step(model):
+    num_latents = model.config.num_latents
+    context = model.text_context(random_text(2, 5), torch.ones(2, 5, dtype=torch.long), fast=True)
     tokens = torch.randn(1, num_latents, model.config.latent_channels, generator=seeded(0))
     hidden = torch.arange(num_latents)[None] >= 5
     with Operators() as operators:
         embeds = model.model.latent_encoder(tokens, hidden, 5)
-        context.run(embeds.repeat(2, 1, 1), torch.tensor([[7], [7]]))
+        context.condition(embeds.repeat(2, 1, 1), torch.tensor([[7], [7]]))
     assert not operators.waiting()
     # No turn of queries and keys, and no mask where nothing is padded.
     assert "cos" not in operators.names and "neg" not in operators.names
