@@ -142,6 +142,28 @@ def read_image_file(source: Any, places: bool = True) -> bytes:
     return _content(source, places)[0]
 
 
+def read_rgb_image(source: Any, places: bool = True) -> Image.Image:
+    r"""
+    Reads one image as the model sees it, at its own size.
+
+    Args:
+        source: An image or the place where it is, as `read_image` takes them.
+        places (`bool`, *optional*, defaults to `True`): Whether a place may be named.
+
+    Returns:
+        `PIL.Image.Image`: Upright, RGB, transparency over white.
+
+    Raises:
+        ValueError: If it cannot be read; see `read_image` and `MMARImageProcessor`.
+    """
+    image = read_image(source, places)
+    if isinstance(image, Image.Image) and image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    # To and fro without loss.
+    reader = MMARImageProcessor(do_resize=False, do_center_crop=False)
+    return reader.postprocess(reader(image)["pixel_values"])[0]
+
+
 def _decode(opened: Image.Image | Callable[[], Image.Image], name: str) -> Image.Image:
     """An upright image of what PIL has opened or is to open."""
     try:
@@ -823,4 +845,4 @@ class MMARImageProcessor(BaseImageProcessor):
         return [Image.fromarray(array) for array in np.rint(arrays * 255).astype(np.uint8)]
 
 
-__all__ = ["MMARImageProcessor", "read_image", "read_image_file"]
+__all__ = ["MMARImageProcessor", "read_image", "read_image_file", "read_rgb_image"]

@@ -236,7 +236,7 @@ def test_codes_are_the_tokenizers():
 def test_code_losses_are_cross_entropies():
     model = make("vq")
     codes, z = torch.tensor([3, 0, 23]), torch.randn(3, 64, generator=seeded(0))
-    losses, timesteps = model.image_losses(model.codebook[codes], z)
+    losses, timesteps = model.image_token_loss(model.codebook[codes], z)
     expected = F.cross_entropy(z @ model.code_head.weight.T + model.code_head.bias, codes, reduction="none")
     torch.testing.assert_close(losses, expected[None])
     assert timesteps.tolist() == [[0, 0, 0]]
@@ -245,7 +245,10 @@ def test_code_losses_are_cross_entropies():
 @torch.no_grad()
 def test_codes_are_drawn_by_guided_logits():
     model = make("vq")
-    z, sampler = torch.randn(1, 64, generator=seeded(0)).repeat(4000, 1), model.token_sampler(None, 1, "cpu")
+    z, sampler = (
+        torch.randn(1, 64, generator=seeded(0)).repeat(4000, 1),
+        model.token_samplers(None, {1}, "cpu", 1, True)[1],
+    )
     null = torch.randn(1, 64, generator=seeded(1)).repeat(4000, 1)
     drawn = model.codes_of(sampler(torch.cat([z, null]), [2.0], [seeded(0)]))
     logits, null_logits = model.code_head(z[0]), model.code_head(null[0])
@@ -280,7 +283,7 @@ def levels_and_noise(model, latents, mask, seed=0):
 
     handle = model.model.latent_encoder.register_forward_pre_hook(capture)
     try:
-        _, targets = model.embed_pictures(tokens, mask, generators)
+        _, targets = model.embed_latents(tokens, mask, generators)
     finally:
         handle.remove()
     return tokens, captured["noisy"], captured["levels"], targets
@@ -313,7 +316,7 @@ def test_noise_losses():
     model = make("transfusion")
     z, noise = torch.randn(3, 64, generator=seeded(0)), torch.randn(3, 4, generator=seeded(1))
     levels = torch.tensor([0.0, 1.0, 1000.0])
-    losses, timesteps = model.image_losses(torch.cat([noise, levels[:, None]], -1), z)
+    losses, timesteps = model.image_token_loss(torch.cat([noise, levels[:, None]], -1), z)
     expected = (z @ model.noise_head.weight.T + model.noise_head.bias - noise).square().mean(-1)
     torch.testing.assert_close(losses, expected[None])
     assert timesteps.tolist() == [[0, 0, 999]]
