@@ -84,7 +84,7 @@ def test_presets(pipe):
     assert not torch.equal(fast, latents(pipe, PROMPT, generator=seeded()))
 
 
-def test_arguments_that_cost_less(pipe):
+def test_each_way_to_spend_less_reaches_the_model(pipe):
     """Each reaches the model and changes the picture."""
     settings = {"num_ar_steps": 2, "num_inference_steps": 4}
     plain = latents(pipe, PROMPT, generator=seeded(), **settings)

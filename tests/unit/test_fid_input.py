@@ -68,7 +68,7 @@ def test_one_caption_of_each_picture_first():
         assert len({row["image_id"] for row in chosen[start : start + number]}) == number
 
 
-def test_the_choice_hangs_on_seed_and_ids_only():
+def test_the_choice_depends_on_seed_and_ids_only():
     chosen = fid.choose_captions(ROWS, 6, seed=3)
     assert fid.choose_captions(ROWS[::-1], 6, seed=3) == chosen
     assert fid.choose_captions(ROWS, 4, seed=3) == chosen[:4]
@@ -77,7 +77,7 @@ def test_the_choice_hangs_on_seed_and_ids_only():
 
 
 @pytest.mark.parametrize("number", [0, 1, 11])
-def test_a_number_of_captions_that_there_is_not(number):
+def test_more_captions_than_there_are_or_too_few_are_refused(number):
     with pytest.raises(ValueError, match=f"`num_prompts` must be between 2, .* and 10, .*; got {number}"):
         fid.choose_captions(ROWS, number)
 

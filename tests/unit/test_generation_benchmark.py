@@ -54,7 +54,7 @@ def test_whole_picture(model):
     assert plain.shape == (16, 16) and plain.std() > 0.1
 
 
-def test_merged_against_masked(model):
+def test_merged_weights_give_what_masked_ones_give(model):
     plain, fast = outputs(generation.merged_against_masked(model))
     torch.testing.assert_close(fast, plain, atol=ATOL, rtol=ATOL)
 
@@ -96,8 +96,8 @@ def test_every_row_of_the_bar_is_measured(monkeypatch):
     ]
 
 
-def test_bars(model):
-    """Those of the issue that set them."""
+def test_bars_are_those_that_were_set(model):
+    """Changed on purpose only."""
     bars = {pair.plain_name: pair.bar for pair in generation.denoise_steps(model, 1)}
     assert bars == {"plain protocol": 1.9, "MAR's design": 1.9}
     assert generation.autoregressive_step(model).bar == 2.4

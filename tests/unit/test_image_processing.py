@@ -253,7 +253,7 @@ def test_crop_alone_and_neither(processor, picture):
         processor([array, small], return_tensors="pt", **kwargs)
 
 
-def test_ranges(processor):
+def test_pixels_are_rescaled_and_normalized_where_asked(processor):
     array = np.full((64, 64, 3), 51, np.uint8)
     assert pixels(processor, array, do_normalize=False).unique().item() == pytest.approx(0.2)
     assert pixels(processor, array, do_normalize=False, do_rescale=False).unique().item() == 51

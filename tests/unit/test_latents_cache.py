@@ -133,7 +133,7 @@ def test_views_are_those_of_their_seed_row_and_number(tmp_path, model, processor
     assert not torch.equal(other[3]["picture"][1], cache[3]["picture"][1])
 
 
-def test_content_views_only_where_an_answer_hangs_on_them(tmp_path, model, processor):
+def test_content_views_only_where_an_answer_depends_on_them(tmp_path, model, processor):
     rows = make_rows(6)
     rows[3] = {**rows[3], "depends_on": ["style", "picture"]}
     rows[4] = BadRow("broken")

@@ -62,8 +62,12 @@ EVERY = sorted(path for folder in ("training", "ablations") for path in (ROOT / 
 
 
 @pytest.mark.parametrize("path", EVERY, ids=lambda path: path.stem)
-def test_every_recipe_parses(path, tmp_path):
-    parse([str(path), "model=m", "data=d", f"output_dir={tmp_path}"])
+def test_every_value_of_every_recipe_arrives(path, tmp_path):
+    data, args = parse([str(path), "model=m", "data=d", f"output_dir={tmp_path}"])
+    for name, value in yaml.safe_load(path.read_text()).items():
+        # transformers makes a list of trackers of it.
+        expected = [] if (name, value) == ("report_to", "none") else value
+        assert getattr(data if hasattr(data, name) else args, name) == expected, name
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
@@ -186,7 +190,7 @@ def test_streams_have_no_rows_by_number(setting, tmp_path):
     assert data.streaming and args.max_steps == 10
 
 
-def test_no_micro_batches(tmp_path):
+def test_a_step_of_no_micro_batches_is_refused(tmp_path):
     with pytest.raises(ValueError, match="`gradient_accumulation_steps` must be at least 1; got 0"):
         read("mmar_7b_stage1", tmp_path, "total_batch_size=null", "gradient_accumulation_steps=0")
 

@@ -199,7 +199,7 @@ def test_seconds_of_sending():
         ((8, 4, 32), (32, 1, 1)),
     ],
 )
-def test_batches(wanted, planned):
+def test_batch_plan_of_every_wish(wanted, planned):
     assert batch_plan(*wanted) == planned
 
 
