@@ -114,7 +114,7 @@ def test_a_folder_belongs_to_one_run(pipe, tmp_path, change, words):
     (tmp_path / "g.png").unlink()  # half-finished
     drawn = contents(tmp_path)
     prompts, options = change.get("prompts", FEW), {name: change[name] for name in change if name != "prompts"}
-    with pytest.raises(ValueError, match=f"expected the model, prompts and arguments .*{words}.*Give the same ones"):
+    with pytest.raises(ValueError, match=words):
         draw_pictures(pipe, prompts, tmp_path, **STEPS, **options)
     assert contents(tmp_path) == drawn
 
@@ -124,7 +124,7 @@ def test_a_folder_belongs_to_one_model(tmp_path):
     draw_pictures(pipe, FEW, tmp_path, **STEPS)
     sha256 = model_sha256(pipe.model)
     scheduler, pipe.scheduler = pipe.scheduler, DDIMScheduler.from_config(pipe.scheduler.config)
-    with pytest.raises(ValueError, match="its scheduler is .*DDPMScheduler.* now it is .*DDIMScheduler"):
+    with pytest.raises(ValueError, match="DDPMScheduler.*DDIMScheduler"):
         draw_pictures(pipe, FEW, tmp_path, **STEPS)
     pipe.scheduler = scheduler
     assert draw_pictures(pipe, FEW, tmp_path, **STEPS) == 0
@@ -136,7 +136,7 @@ def test_a_folder_belongs_to_one_model(tmp_path):
         change()
         assert model_sha256(pipe.model) != sha256
         sha256 = model_sha256(pipe.model)
-        with pytest.raises(ValueError, match=f"fingerprint of the model is [0-9a-f]+, now it is {sha256}"):
+        with pytest.raises(ValueError, match=sha256):
             draw_pictures(pipe, FEW, tmp_path, **STEPS)
 
 
@@ -152,21 +152,21 @@ def test_a_model_that_was_saved_and_moved_is_the_same(hub_root, tmp_path):
 
 def test_pictures_of_nobody(pipe, tmp_path):
     write_whole(tmp_path / "old" / "c.png", b"a picture")
-    with pytest.raises(ValueError, match=f"expected a new folder, or one with a {MANIFEST_NAME}; .* holds .*c.png"):
+    with pytest.raises(ValueError, match="c.png"):
         draw_pictures(pipe, FEW, tmp_path, **STEPS)
     for text in ("{", "[]", '{"seed": 0}'):
         (tmp_path / MANIFEST_NAME).write_text(text)
-        with pytest.raises(ValueError, match=f"it is no {MANIFEST_NAME} of drawings. Name another folder"):
+        with pytest.raises(ValueError, match=MANIFEST_NAME):
             draw_pictures(pipe, FEW, tmp_path, **STEPS)
     assert contents(tmp_path) == {"old/c.png": b"a picture"}
 
 
 def test_nothing_to_draw(pipe, tmp_path):
-    with pytest.raises(ValueError, match="expected at least one prompt to draw; got none"):
+    with pytest.raises(ValueError, match="prompt"):
         draw_pictures(pipe, {}, tmp_path)
-    with pytest.raises(ValueError, match="`batch_size` must be at least 1; got 0"):
+    with pytest.raises(ValueError, match="`batch_size`"):
         draw_pictures(pipe, FEW, tmp_path, batch_size=0)
-    with pytest.raises(ValueError, match="`num_ar_steps` must be between 1 and 16"):
+    with pytest.raises(ValueError, match="`num_ar_steps`"):
         draw_pictures(pipe, FEW, tmp_path, num_ar_steps=300)
     # A folder without pictures is nobody's.
     assert draw_pictures(pipe, FEW, tmp_path, **STEPS) == 7
@@ -183,7 +183,7 @@ def test_a_disk_that_is_full(pipe, tmp_path, monkeypatch):
         real(number)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(OSError, match="No space left on device: .*d.png"):
+    with pytest.raises(OSError, match="d.png"):
         draw_pictures(pipe, FEW, tmp_path, batch_size=2, **STEPS)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png", "c.png", MANIFEST_NAME]
     monkeypatch.undo()
@@ -197,7 +197,7 @@ def test_rows_are_spread():
     assert spread(list("abcdef"), 3, "n") == [(0, "a"), (2, "c"), (4, "e")]
     assert spread(list("abc"), None, "n") == [(0, "a"), (1, "b"), (2, "c")]
     for number in (0, 4):
-        with pytest.raises(ValueError, match=f"`n` must be between 1 and 3, all there are; got {number}"):
+        with pytest.raises(ValueError, match="`n`"):
             spread(list("abc"), number, "n")
 
 
@@ -268,7 +268,7 @@ def test_geneval_is_drawn_by_two_ranks_as_by_one(tmp_path, metadata, monkeypatch
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
     run(geneval, monkeypatch, "draw", *TINY, "--metadata", metadata, "--out", tmp_path / "two")
     assert times == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
-    with pytest.raises(ValueError, match="its fingerprint of the prompts"):
+    with pytest.raises(ValueError, match="prompts"):
         run(geneval, monkeypatch, "draw", *TINY, "--metadata", metadata, "--out", tmp_path / "two", "--num_prompts", 2)
 
 
@@ -355,7 +355,7 @@ def result_line(tag, prompt, correct):
 def test_a_file_is_no_folder_to_draw_into(metadata, monkeypatch):
     """That shows before a model is loaded, which would take minutes."""
     for out in (metadata, metadata / "geneval"):
-        with pytest.raises(ValueError, match="expected a folder for --out; .*jsonl is a file. Name another"):
+        with pytest.raises(ValueError, match="--out"):
             run(geneval, monkeypatch, "draw", "no/model", "--metadata", metadata, "--out", out)
 
 
@@ -387,7 +387,7 @@ def test_scores_are_the_mean_over_tags(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("line", ['{"tag": "a", "metadata": "b"}', '{"tag": 1, "metadata": "b", "correct": true}'])
 def test_other_results(tmp_path, line):
     (tmp_path / "results.jsonl").write_text(line)
-    with pytest.raises(ValueError, match="expected `tag`, `metadata` and `correct` .*; row 0 has .*metadata, "):
+    with pytest.raises(ValueError, match="`tag`"):
         geneval.read_scores(tmp_path / "results.jsonl")
 
 
@@ -416,17 +416,17 @@ def test_dpg_grids_are_as_the_scorer_cuts_them(tmp_path, monkeypatch, capsys):
 
 
 def test_other_prompts(tmp_path):
-    with pytest.raises(ValueError, match="expected a folder of prompts, ID.txt each; there is no folder"):
+    with pytest.raises(ValueError, match="ID.txt"):
         dpg.read_prompts(tmp_path / "none")
-    with pytest.raises(ValueError, match="there is no .txt in"):
+    with pytest.raises(ValueError, match=".txt"):
         dpg.read_prompts(tmp_path)
     (tmp_path / "a.txt").write_text("\n")
-    with pytest.raises(ValueError, match="expected a prompt in .*a.txt.*; it is empty"):
+    with pytest.raises(ValueError, match="a.txt"):
         dpg.read_prompts(tmp_path)
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match="expected a prompt in UTF-8 in .*a.txt"):
+    with pytest.raises(ValueError, match="a.txt"):
         dpg.read_prompts(tmp_path)
     (tmp_path / "a.txt").rename(tmp_path / "a.b.txt")
     (tmp_path / "a.b.txt").write_text("a dog")
-    with pytest.raises(ValueError, match="expected file names with one dot, .*; got 'a.b.txt'"):
+    with pytest.raises(ValueError, match="a.b.txt"):
         dpg.read_prompts(tmp_path)

@@ -133,7 +133,7 @@ def test_a_broken_checkpoint_is_passed_over(two_checkpoints, spoil, message):
     folder, expected = two_checkpoints
     spoil(folder / "checkpoint-4")
     trainer = make_trainer(folder, make_processor(), max_steps=4, **OPTIONS)
-    with pytest.warns(UserWarning, match=f"checkpoint-4 is not whole: {message}"):
+    with pytest.warns(UserWarning, match=message):
         trainer.train(resume_from_checkpoint=True)
     assert losses(trainer) == expected
     assert last_whole_checkpoint(folder) == str(folder / "checkpoint-4")  # written anew
@@ -158,7 +158,7 @@ def test_a_checkpoint_that_is_removed_meanwhile_is_passed_over(two_checkpoints, 
         return result
 
     monkeypatch.setattr(Path, method, last_look)
-    with pytest.warns(UserWarning, match=f"checkpoint-4 is not whole: {message}"):
+    with pytest.warns(UserWarning, match=message):
         assert last_whole_checkpoint(folder) == str(folder / "checkpoint-2")
 
 
@@ -168,7 +168,7 @@ def test_checkpoints_without_a_manifest_are_looked_into(two_checkpoints):
         (folder / name / MANIFEST_FILE).unlink()
     assert last_whole_checkpoint(folder) == str(folder / "checkpoint-4")
     cut(folder / "checkpoint-4" / "model.safetensors")
-    with pytest.warns(UserWarning, match="model.safetensors is broken or cut off"):
+    with pytest.warns(UserWarning, match="model.safetensors"):
         assert last_whole_checkpoint(folder) == str(folder / "checkpoint-2")
 
 
@@ -239,11 +239,11 @@ class Spoil(TrainerCallback):
 def test_non_finite_weights_are_not_saved(tmp_path, spoil, name):
     trainer = make_trainer(tmp_path, make_processor(), max_steps=2, save_strategy="steps", save_steps=1)
     trainer.add_callback(Spoil(trainer, spoil))
-    with pytest.raises(ValueError, match=f"expected finite weights to save; {name} holds NaN or infinity"):
+    with pytest.raises(ValueError, match=name):
         trainer.train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
     # Nor is a model, after which there is no step.
-    with pytest.raises(ValueError, match="expected finite weights"):
+    with pytest.raises(ValueError, match="finite"):
         trainer.save_model(str(tmp_path / "final"))
     assert not (tmp_path / "final" / "model.safetensors").exists()
 
@@ -254,7 +254,7 @@ def test_a_gradient_that_is_not_finite_ends_the_training(tmp_path):
     trainer.model.diffusion_mlp.output_projection.bias.register_hook(lambda gradient: gradient * float("inf"))
     trainer.args.max_grad_norm, trainer.args.learning_rate = 0.0, 0.0
     trainer.args.logging_steps = 10
-    with pytest.raises(ValueError, match="expected finite norms of the gradient; got NaN or infinity before step 1"):
+    with pytest.raises(ValueError, match="NaN"):
         trainer.train()
     assert not list(tmp_path.glob("checkpoint-*"))
 
@@ -266,7 +266,7 @@ def test_resuming_passes_over_weights_that_are_not_finite(two_checkpoints, name)
     tensors = load_file(folder / "checkpoint-4" / name)
     tensors["diffusion_mlp.output_projection.bias"][1] = float("nan")
     save_file(tensors, folder / "checkpoint-4" / name, metadata={"format": "pt"})
-    with pytest.warns(UserWarning, match=f"checkpoint-4 is not whole: {name} holds NaN or infinity in diffusion_mlp"):
+    with pytest.warns(UserWarning, match=f"{name} .*diffusion_mlp"):
         assert last_whole_checkpoint(folder) == str(folder / "checkpoint-2")
 
 
@@ -287,7 +287,7 @@ def test_resuming_looks_into_the_optimizer(two_checkpoints, spoil, message):
     spoil(state)
     torch.save(state, file)
     (folder / "checkpoint-4" / MANIFEST_FILE).unlink()
-    with pytest.warns(UserWarning, match=f"checkpoint-4 is not whole: optimizer.pt {message}"):
+    with pytest.warns(UserWarning, match="optimizer.pt"):
         assert last_whole_checkpoint(folder) == str(folder / "checkpoint-2")
 
 
@@ -325,7 +325,7 @@ def test_one_training_at_a_time_and_none_after_a_kill(tmp_path):
     try:
         assert other.stdout.readline() == "claimed\n"
         trainer = make_trainer(tmp_path, make_processor(), max_steps=1, **OPTIONS)
-        with pytest.raises(ValueError, match=f"`output_dir` must be of one training at a time; .*{tmp_path}"):
+        with pytest.raises(ValueError, match="`output_dir`"):
             trainer.train()
         # Its other processes claim nothing.
         with claimed(tmp_path, is_main_process=False):
@@ -345,7 +345,7 @@ def test_one_training_at_a_time_and_none_after_a_kill(tmp_path):
 def test_nothing_to_resume_from(tmp_path):
     trainer = make_trainer(tmp_path, make_processor())
     assert last_whole_checkpoint(tmp_path / "none") is None
-    with pytest.raises(ValueError, match="expected a whole checkpoint in .* there is none"):
+    with pytest.raises(ValueError, match="checkpoint"):
         trainer.train(resume_from_checkpoint=True)
 
 
@@ -353,9 +353,9 @@ def test_what_cannot_be_resumed_is_told(tmp_path):
     trainer = make_trainer(tmp_path, make_processor(), max_steps=1, save_strategy="steps", save_only_model=True)
     trainer.train()
     for folder in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(ValueError, match="expected a whole checkpoint to resume from at .*_state.json cannot"):
+        with pytest.raises(ValueError, match="_state.json"):
             trainer.train(resume_from_checkpoint=str(folder))
-    with pytest.raises(ValueError, match="expected optimizer.pt in .*checkpoint-1.*`save_only_model=true`"):
+    with pytest.raises(ValueError, match="`save_only_model=true`"):
         trainer.train(resume_from_checkpoint=True)
 
 
@@ -371,7 +371,7 @@ def test_a_full_disk_leaves_the_checkpoints_before(two_checkpoints, monkeypatch)
         return save(content, path, *args, **kwargs)
 
     monkeypatch.setattr(torch, "save", no_space)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="space"):
         trainer.train(resume_from_checkpoint=True)
     assert last_whole_checkpoint(folder) == str(folder / "checkpoint-2")
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]

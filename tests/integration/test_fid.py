@@ -140,7 +140,7 @@ def test_processes_that_read_pictures_change_nothing(tmp_path):
     one, other = (fid.statistics_of(fid.SquarePictures(files, 64), extractor, 2, number) for number in (0, 1))
     assert all(np.array_equal(one[name], other[name]) for name in ("mu", "sigma"))
     files[3].write_text("no picture")
-    with pytest.raises(ValueError, match=r"^expected a picture at .*03.png"):
+    with pytest.raises(ValueError, match="03.png"):
         fid.statistics_of(fid.SquarePictures(files, 64), extractor, 2, 1)
 
 
@@ -170,13 +170,13 @@ def test_inception_has_the_weights_of_the_file(tmp_path, inception, name, monkey
 
 def test_weights_of_another_network(tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match="expected the weights of torch-fidelity's Inception in .*; got those of ano"):
+    with pytest.raises(ValueError, match="Inception"):
         fid.open_extractor(None, tmp_path / "weights.pth", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", ["colour_features", "colour_features:None_", "no_such_module:A", ":A", "json:loads"])
 def test_no_extractor(name):
-    with pytest.raises(ValueError, match=f"`extractor` must .*; got '{name}'"):
+    with pytest.raises(ValueError, match="`extractor`"):
         fid.open_extractor(name, None, torch.device("cpu"))
 
 
@@ -211,7 +211,7 @@ def test_from_captions_to_the_result(tmp_path, run, data, capsys):
     drawn[4].unlink()
     assert run(out, "--num_prompts", 7, "--seed", 3)["fid"] == result["fid"]
     assert drawn[4].read_bytes() == content
-    with pytest.raises(ValueError, match="its seed is 3, now it is 0"):
+    with pytest.raises(ValueError, match="seed.*3.*0"):
         run(out, "--num_prompts", 7)
 
 
@@ -221,23 +221,23 @@ def test_what_is_wrong_shows_before_anything_is_drawn(tmp_path, run, data):
     (tmp_path / "real.zip").write_text("")
     np.savez(tmp_path / "other.npz", mu=np.zeros(2), sigma=np.zeros(2))
     for real, message in (
-        (tmp_path / "none", "`real` must be a folder of pictures, or statistics .* which is not there"),
-        (tmp_path / "real.zip", "which is another file"),
-        (tmp_path / "empty", "expected at least 2 real pictures"),
-        (tmp_path / "other.npz", "expected `mu`"),
+        (tmp_path / "none", "`real`"),
+        (tmp_path / "real.zip", "another file"),
+        (tmp_path / "empty", "at least 2"),
+        (tmp_path / "other.npz", "`mu`"),
     ):
         with pytest.raises(ValueError, match=message):
             run(out, "--num_prompts", 2, real=real)
-    with pytest.raises(ValueError, match="expected the weights of Inception; there is no file 'none.pth'"):
+    with pytest.raises(ValueError, match="'none.pth'"):
         run(out, "--num_prompts", 2, extractor=("--inception_weights", "none.pth"))
-    with pytest.raises(ValueError, match="expected either `inception_weights`"):
+    with pytest.raises(ValueError, match="`inception_weights`"):
         run(out, "--num_prompts", 2, extractor=())
     for number in (0, 1, 11):
-        with pytest.raises(ValueError, match=f"`num_prompts` must be between 2.* got {number}"):
+        with pytest.raises(ValueError, match="`num_prompts`"):
             run(out, "--num_prompts", number)
-    with pytest.raises(ValueError, match="`num_prompts` must be between 2.* got 30000"):
+    with pytest.raises(ValueError, match="`num_prompts`"):
         run(out)
-    with pytest.raises(ValueError, match="`feature_batch_size` must be at least 1; got 0"):
+    with pytest.raises(ValueError, match="`feature_batch_size`"):
         run(out, "--num_prompts", 2, "--feature_batch_size", 0)
     assert not out.exists()
 
@@ -245,13 +245,13 @@ def test_what_is_wrong_shows_before_anything_is_drawn(tmp_path, run, data):
 def test_a_broken_real_picture_and_statistics_of_others(tmp_path, run):
     real = write_pictures(tmp_path / "real", 3, seed=0)
     real[1].write_bytes(real[1].read_bytes()[:60])
-    with pytest.raises(ValueError, match="expected a picture at .*01.png.*; it cannot be read"):
+    with pytest.raises(ValueError, match="01.png"):
         run(tmp_path / "out", "--num_prompts", 2, real=tmp_path / "real")
     assert len(list((tmp_path / "out" / "pictures").iterdir())) == 2  # drawn, and kept
     np.savez(tmp_path / "few.npz", mu=np.zeros(3), sigma=np.eye(3))
-    with pytest.raises(ValueError, match="expected statistics of 12 features, .* in .*few.npz.*; got 3"):
+    with pytest.raises(ValueError, match="few.npz"):
         run(tmp_path / "out", "--num_prompts", 2, real=tmp_path / "few.npz")
     about = json.dumps({"extractor": "colour_features-ColourFeatures", "features": "colours", "size": 256})
     np.savez(tmp_path / "large.npz", mu=np.zeros(12), sigma=np.eye(12), about=about)
-    with pytest.raises(ValueError, match="statistics of the same features in .*: size must be 64; got 256"):
+    with pytest.raises(ValueError, match="64.*256"):
         run(tmp_path / "out", "--num_prompts", 2, real=tmp_path / "large.npz")

@@ -282,5 +282,5 @@ def test_a_lora_is_trained_saved_and_resumed(tmp_path):
     loaded = PeftModel.from_pretrained(make_squares_model(processor), tmp_path / "checkpoint-6")
     weights = dict(trainer.model.named_parameters())
     assert all(torch.equal(p, weights[name]) for name, p in loaded.named_parameters())
-    with pytest.raises(ValueError, match="`train_backbone` must be false for a model with peft's adapters"):
+    with pytest.raises(ValueError, match="`train_backbone`"):
         lora_trainer(train_backbone=True)

@@ -136,11 +136,9 @@ def test_systems_train_as_many_weights():
     epsilon = system_config("epsilon", base)
     assert epsilon.diffusion_config.prediction_type == "epsilon" and base.diffusion_config.prediction_type != "epsilon"
     assert system_config("transfusion", base).plora_alpha == base.plora_alpha
-    with pytest.raises(
-        ValueError, match="expected .* trained weights for 'vq'; without PLoRA it has .* Take fewer codes"
-    ):
+    with pytest.raises(ValueError, match="'vq'"):
         system_config("vq", base, {**vq, "num_vq_embeddings": 16384})
-    with pytest.raises(ValueError, match="expected one of the systems mmar, .*got 'gan'"):
+    with pytest.raises(ValueError, match="'gan'"):
         system_config("gan", base)
 
 
@@ -182,16 +180,16 @@ def test_what_a_vq_tokenizer_cannot_learn_from_or_be_written_to_is_told(parts, t
         run(train_vq, monkeypatch, *given, "--out", tmp_path / "vq", "--eval_data", tmp_path / "none.parquet")
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "vq"):
-        with pytest.raises(ValueError, match="expected a folder for --out; .*file is a file"):
+        with pytest.raises(ValueError, match="--out"):
             run(train_vq, monkeypatch, *given, "--out", out)
     with pytest.raises(SystemExit):
         run(train_vq, monkeypatch, *given, "--start", parts / "vq", "--out", tmp_path / "vq")
-    assert "--start must be an AutoencoderKL's folder; " in (told := capsys.readouterr().err) and "a VQModel" in told
+    assert "--start" in capsys.readouterr().err
 
 
 def test_a_vq_tokenizer_that_did_not_train_is_not_written(parts, tmp_path, monkeypatch):
     given = ["--data", parts / "squares.parquet", "--start", parts / "vae", "--num_codes", 8, "--num_steps", 2]
-    with pytest.raises(ValueError, match="expected .* finite PSNR .*; got nan. Lower --learning_rate, which is 1e"):
+    with pytest.raises(ValueError, match="--learning_rate"):
         run(train_vq, monkeypatch, *given, "--batch_size", 2, "--learning_rate", 1e30, "--out", tmp_path / "vq")
     assert not (tmp_path / "vq").exists()
 
@@ -254,7 +252,7 @@ def test_table3_of_all_systems_and_what_goes_on_from_it(parts, tmp_path, monkeyp
     for option, value, name in (
         ("--data", other, "training data"),
         ("--test", other, "held-out data"),
-        ("--judge", judge, "judge's judge.py"),
+        ("--judge", judge, "judge.py"),
         ("--vae", tmp_path / "work" / "vae", "VAE"),
     ):
         if option == "--vae":
@@ -262,9 +260,9 @@ def test_table3_of_all_systems_and_what_goes_on_from_it(parts, tmp_path, monkeyp
             weights = load_file(value / "diffusion_pytorch_model.safetensors")
             weights["decoder.conv_out.bias"] += 1
             save_file(weights, value / "diffusion_pytorch_model.safetensors")
-        with pytest.raises(ValueError, match=f"it was begun with another {name}. Remove it"):
+        with pytest.raises(ValueError, match=name):
             run(table3, monkeypatch, *words(parts, tmp_path, option, value))
-    with pytest.raises(ValueError, match="it was begun with another number of copies"):
+    with pytest.raises(ValueError, match="copies"):
         run(table3, monkeypatch, *words(parts, tmp_path, "--num_copies", 1))
 
 
@@ -314,50 +312,50 @@ def test_what_is_missing_is_told(parts, tmp_path, monkeypatch, in_process, capsy
     # Two seeds would be counted as four, and the interval be too narrow.
     with pytest.raises(SystemExit):
         run(table3, monkeypatch, *given, "--systems", "mmar", "vq", "mmar")
-    assert "--systems must be different ones; got mmar vq mmar" in capsys.readouterr().err
+    assert "--systems" in capsys.readouterr().err
     for option, message in (
-        ("--data", "expected a parquet of rows for --data"),
-        ("--vae", "expected a folder with a"),
+        ("--data", "--data"),
+        ("--vae", "folder"),
     ):
         broken = list(given)
         broken[broken.index(option) + 1] = tmp_path / "none"
         with pytest.raises(ValueError, match=message):
             run(table3, monkeypatch, *broken)
-    with pytest.raises(ValueError, match="--seeds must be between 1 and 10; got 11"):
+    with pytest.raises(ValueError, match="--seeds"):
         run(table3, monkeypatch, *given, "--seeds", 11)
     for option, value in (("--num_steps", 0), ("--num_copies", -1)):
-        with pytest.raises(ValueError, match="--num_steps must be at least 1, and --num_copies at least 0; got"):
+        with pytest.raises(ValueError, match="--num_steps"):
             run(table3, monkeypatch, *given, option, value)
     # What would be told by the last step, after hours.
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "results"):
-        with pytest.raises(ValueError, match="expected a folder for --out; .*file is a file"):
+        with pytest.raises(ValueError, match="--out"):
             run(table3, monkeypatch, *given, "--out", out)
-        with pytest.raises(ValueError, match="expected a folder for --out; .*file is a file"):
+        with pytest.raises(ValueError, match="--out"):
             run(chessboard, monkeypatch, "--out", out)
-    with pytest.raises(ValueError, match="expected a folder for --work; .*file is a file"):
+    with pytest.raises(ValueError, match="--work"):
         run(table3, monkeypatch, *given, "--work", tmp_path / "file")
     for judge in ("none.py", ""):
-        with pytest.raises(ValueError, match=f"expected a script, or `-m module ...`, for --judge; '{judge}' is not"):
+        with pytest.raises(ValueError, match="--judge"):
             run(table3, monkeypatch, *given, "--judge", judge)
     place = given.index("--vq")
-    with pytest.raises(ValueError, match="expected --vq, a folder of a trained VQModel"):
+    with pytest.raises(ValueError, match="--vq"):
         run(table3, monkeypatch, *given[:place], *given[place + 2 :])
-    with pytest.raises(StrictDataclassError, match="the whole config of a VQModel; num_vq_embeddings missing"):
+    with pytest.raises(StrictDataclassError, match="num_vq_embeddings"):
         run(table3, monkeypatch, *given, "--vq", parts / "vae")
     assert not (tmp_path / "work").exists() and not in_process
     without = Study(CONFIG, *[parts / "squares.parquet"] * 2, parts / "vae", None, "none.py", tmp_path / "work")
-    with pytest.raises(ValueError, match="expected --vq, a folder of a trained VQModel"):
+    with pytest.raises(ValueError, match="--vq"):
         without.run(Trial("vq", 0))
-    with pytest.raises(ValueError, match="expected a JSON with name_top1, .* from the judge 'none.py'"):
+    with pytest.raises(ValueError, match="none.py"):
         without.scored(tmp_path)
     rows = [{"questions": ["Describe the image.", "What is it?", style]} for style in ("Which style?", "Which shade?")]
-    with pytest.raises(ValueError, match="expected 3 questions, the same .* row 1 has .*Which shade.*Write the rows"):
+    with pytest.raises(ValueError, match="row 1 .*Which shade"):
         without.understand(None, rows)
 
 
 def test_a_part_that_fails_is_told():
-    with pytest.raises(ValueError, match="expected mmar.training.latents to do its work; it ended with 2"):
+    with pytest.raises(ValueError, match="mmar.training.latents"):
         study._call("mmar.training.latents", "--unknown")
 
 

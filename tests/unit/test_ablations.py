@@ -262,11 +262,11 @@ def test_codes_are_drawn_by_guided_logits():
 def test_vq_config():
     config = MMARVQConfig()
     assert (config.num_latents, config.latent_channels, config.num_codes) == (256, 8, 16384)
-    with pytest.raises(StrictDataclassError, match="the whole config of a VQModel; num_vq_embeddings missing"):
+    with pytest.raises(StrictDataclassError, match="num_vq_embeddings"):
         MMARVQConfig(**tiny_arguments() | {"vae_config": {k: v for k, v in VQ.items() if k != "num_vq_embeddings"}})
     # A single code would be NaN at unit variance.
     for name, value in (("num_vq_embeddings", 1), ("num_vq_embeddings", -3), ("vq_embed_dim", "4")):
-        with pytest.raises(StrictDataclassError, match=rf"`vae_config\['{name}'\]` must be an integer of at least"):
+        with pytest.raises(StrictDataclassError, match=rf"`vae_config\['{name}'\]`"):
             MMARVQConfig(**tiny_arguments() | {"vae_config": VQ | {name: value}})
 
 
@@ -350,7 +350,7 @@ def test_transfusion_predicts_noise():
     """Else its pictures would be drawn as if it predicted v."""
     config = MMARTransfusionConfig(**tiny_arguments() | {"diffusion_config": {"num_train_timesteps": 500}})
     assert config.diffusion_config.prediction_type == "epsilon" and config.max_understanding_level == 500
-    with pytest.raises(StrictDataclassError, match="`diffusion_config.prediction_type` must be 'epsilon'.*got 'v_pr"):
+    with pytest.raises(StrictDataclassError, match="`diffusion_config.prediction_type`"):
         MMARTransfusionConfig(**tiny_arguments())
 
 
@@ -358,16 +358,16 @@ def test_what_transfusion_refuses():
     model = make("transfusion")
     mask = torch.zeros(2, 16, dtype=torch.bool)
     mask[:, :4] = True
-    with pytest.raises(ValueError, match="must hide all 16 latents.*got 4 hidden ones"):
+    with pytest.raises(ValueError, match="16 .*4"):
         draw(model, latents=random_latents(model, 2), latent_mask=mask)
     for arguments in ({"num_inference_steps": (4, 2)}, {"preset": "balanced", "num_inference_steps": None}):
-        with pytest.raises(ValueError, match="`num_inference_steps` must be one integer.*take another preset"):
+        with pytest.raises(ValueError, match="`num_inference_steps`"):
             draw(model, **arguments)
     assert torch.isfinite(draw(model, num_inference_steps=np.int64(3))).all()
-    with pytest.raises(StrictDataclassError, match="`understanding_level` must be between 0 and 1000"):
+    with pytest.raises(StrictDataclassError, match="`understanding_level`"):
         MMARTransfusionConfig(**tiny_arguments() | {"diffusion_config": None, "understanding_level": 1001})
     for level in (-5, 1500):
         model.config.understanding_level = level
-        with pytest.raises(ValueError, match=f"`understanding_level` must be between 0 and 1000, .*; got {level}"):
+        with pytest.raises(ValueError, match="`understanding_level`"):
             model.generate(image_marks(model, 1), latents=random_latents(model, 1), max_new_tokens=1)
     assert math.isclose(float(model.alphas_cumprod_of(torch.tensor(0))), 1.0)

@@ -49,12 +49,12 @@ def test_the_papers_averages(column, average):
 def test_missing_unknown_and_impossible_scores_are_refused():
     scores = scores_of(3)
     missing = {name: score for name, score in scores.items() if name not in ("MMVet", "MME-C")}
-    with pytest.raises(ValueError, match="missing: MME-C, MMVet. Evaluate MME, MMVet with VLMEvalKit"):
+    with pytest.raises(ValueError, match="MME-C, MMVet"):
         ave18(missing)
-    with pytest.raises(ValueError, match="got MMB too. Drop or rename"):
+    with pytest.raises(ValueError, match="MMB"):
         ave18({**scores, "MMB": 48.45})
     for name, wrong in (("POPE", 100.1), ("MME-P", 2000.5), ("AI2D", float("nan")), ("AI2D", "43"), ("AI2D", True)):
-        with pytest.raises(ValueError, match=rf"{name} must be a number in \[0, {ROWS[name].maximum:g}\]; got"):
+        with pytest.raises(ValueError, match=name):
             ave18({**scores, name: wrong})
 
 
@@ -95,7 +95,7 @@ def test_other_splits_are_not_taken_for_the_papers(tmp_path, name, ours, other):
     path.rename(path.with_name(path.name.replace(ours, other)))
     scores = read_results(tmp_path)
     assert name not in scores
-    with pytest.raises(ValueError, match=f"missing: {name}. Evaluate {ours} with VLMEvalKit"):
+    with pytest.raises(ValueError, match=f"{name}.*{ours}"):
         ave18(scores)
 
 
@@ -183,20 +183,20 @@ def test_what_is_missing_twice_or_broken_is_named(tmp_path):
     write_results(tmp_path, scores_of(6))
     (tmp_path / "mmar-7b_OCRBench_score.json").unlink()
     (tmp_path / "MMStar" / "mmar-7b_MMStar_acc.csv").unlink()
-    with pytest.raises(ValueError, match="missing: MMStar, OCRBench"):
+    with pytest.raises(ValueError, match="MMStar, OCRBench"):
         ave18(read_results(tmp_path))
     write_csv(tmp_path / "mmar-7b_MMBench_DEV_EN_acc.csv", {"split": "dev", "Overall": 0.5})
-    with pytest.raises(ValueError, match="one result file for MMBench-EN; got MMBench_DEV_EN/mmar-7b_"):
+    with pytest.raises(ValueError, match="MMBench_DEV_EN"):
         read_results(tmp_path)
     (tmp_path / "mmar-7b_MMBench_DEV_EN_acc.csv").unlink()
     write_csv(tmp_path / "mmar-7b_TextVQA_VAL_acc.csv", {"overall": 5})
-    with pytest.raises(ValueError, match="a number in 'Overall' in 'mmar-7b_TextVQA_VAL_acc.csv'"):
+    with pytest.raises(ValueError, match="'Overall'"):
         read_results(tmp_path)
     write_csv(tmp_path / "mmar-7b_TextVQA_VAL_acc.csv", {"Overall": 5}, {"Overall": 6})
-    with pytest.raises(ValueError, match="'mmar-7b_TextVQA_VAL_acc.csv'; got '?2 lines"):
+    with pytest.raises(ValueError, match="mmar-7b_TextVQA_VAL_acc.csv"):
         read_results(tmp_path)
     write_csv(tmp_path / "other_AI2D_TEST_acc.csv", {"split": "none", "Overall": 0.5})
-    with pytest.raises(ValueError, match="results of one model; got those of mmar-7b, other"):
+    with pytest.raises(ValueError, match="mmar-7b, other"):
         read_results(tmp_path)
 
 
@@ -204,9 +204,9 @@ def test_scores_from_json(tmp_path):
     path = tmp_path / "scores.json"
     path.write_text(json.dumps(scores_of(2)))
     assert ave18(read_scores(path)) == pytest.approx(33.06, abs=0.005)
-    for text, message in (("{", "expected JSON in 'scores.json'"), ("[1]", "got list")):
+    for text, message in (("{", "scores.json"), ("[1]", "list")):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             read_scores(path)
-    with pytest.raises(ValueError, match="is not there"):
+    with pytest.raises(ValueError, match="there"):
         read_scores(tmp_path / "none")

@@ -252,7 +252,7 @@ def test_a_stored_config_without_what_decides_the_image_is_refused(tmp_path, pat
     assert open_config(tmp_path).image_generation["guidance_scale"] == 3.0
     file = tmp_path / "config.json"
     file.write_text(json.dumps(without(json.loads(file.read_text()), *path)))
-    with pytest.raises(ValueError, match=f"`{path[0]}` must stand in a stored config"):
+    with pytest.raises(ValueError, match=f"`{path[0]}`"):
         open_config(tmp_path)
 
 
@@ -261,7 +261,7 @@ def test_a_stored_model_without_its_latent_scale_is_refused(tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps(without(json.loads(file.read_text()), "vae_config", "scaling_factor")))
     for open_model in (MMARForConditionalGeneration.from_pretrained, AutoModel.from_pretrained):
-        with pytest.raises(ValueError, match="`vae_config` must hold `scaling_factor`"):
+        with pytest.raises(ValueError, match="`vae_config`"):
             open_model(tmp_path)
 
 

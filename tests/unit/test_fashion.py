@@ -64,7 +64,7 @@ def run(monkeypatch, *words):
 
 
 def test_rows_judge_and_score(source, tmp_path, monkeypatch, capsys):
-    with pytest.raises(ValueError, match="--num_test must be at most 80"):
+    with pytest.raises(ValueError, match="--num_test"):
         run(monkeypatch, "rows", source, "--out", tmp_path, "--num_test", 300)
     run(monkeypatch, "rows", source, "--out", tmp_path, "--num_rows", 60, "--num_test", 4)
     assert json.loads(capsys.readouterr().out) == {"train": 60, "test": 12, "test_small": 4}
@@ -99,19 +99,19 @@ def test_rows_judge_and_score(source, tmp_path, monkeypatch, capsys):
 
 def test_what_is_missing_is_told(tmp_path, monkeypatch):
     for words, message in (
-        (("rows", tmp_path, "--out", tmp_path), "expected train-00000-of-00001.parquet of Fashion-MNIST in"),
+        (("rows", tmp_path, "--out", tmp_path), "train-00000-of-00001.parquet"),
         (
             ("judge", "--data", tmp_path / "none.parquet", "--out", tmp_path / "j.safetensors"),
-            "expected a parquet of rows",
+            "parquet",
         ),
         (
             ("score", tmp_path, "--judge", tmp_path / "j.safetensors", "--reference", tmp_path),
-            "expected captions.jsonl in",
+            "captions.jsonl",
         ),
     ):
         with pytest.raises(ValueError, match=message):
             run(monkeypatch, *words)
-    with pytest.raises(ValueError, match="expected at least 128 training rows for a judge; got 4"):
+    with pytest.raises(ValueError, match="128.*4"):
         fashion.train_judge(torch.zeros(4, 1, 28, 28), torch.zeros(4, dtype=torch.long), 2, 1, 0)
     with pytest.raises(SystemExit):
         run(monkeypatch, "rows", tmp_path, "--out", tmp_path, "--num_rows", 0)
@@ -122,7 +122,7 @@ def test_a_rows_picture_is_the_original_again_for_the_judge():
     row = Image.open(io.BytesIO(on_white(png(grey))))
     assert row.size == (32, 32) and row.getpixel((0, 0)) == 255
     assert (to_grey(row) == grey).all() and (to_grey(row.convert("RGB")) == grey).all()
-    with pytest.raises(ValueError, match="expected pictures of 32 x 32 pixels; got 28 x 28"):
+    with pytest.raises(ValueError, match="28 x 28"):
         to_grey(Image.fromarray(grey))
 
 

@@ -244,7 +244,7 @@ def test_size_need_not_be_square():
 def test_crop_alone_and_neither(processor, picture):
     _, array, expected = picture
     assert torch.equal(pixels(processor, array, size=32, do_resize=False), expected[..., 16:48, 16:48])
-    with pytest.raises(ValueError, match="at least `size`"):
+    with pytest.raises(ValueError, match="`size`"):
         processor(array, size=128, do_resize=False)
     small = np.zeros((8, 8, 3), np.uint8)
     kwargs = {"do_resize": False, "do_center_crop": False}
@@ -323,11 +323,11 @@ def test_broken_files(processor, picture, tmp_path):
 
 
 def test_missing_file_and_folder(processor, tmp_path):
-    with pytest.raises(ValueError, match="missing.png.*Check that the file exists"):
+    with pytest.raises(ValueError, match="missing.png"):
         processor(tmp_path / "missing.png")
     with pytest.raises(ValueError, match="is a folder"):
         processor(tmp_path)
-    with pytest.raises(ValueError, match="read as base64, because no such file exists"):
+    with pytest.raises(ValueError, match="base64"):
         processor("abcd")
 
 
@@ -399,7 +399,7 @@ def test_bad_arguments(processor, picture):
         MMARImageProcessor(size=0)
     with pytest.raises(ValueError, match="size"):
         MMARImageProcessor(size={"shortest_edge": 64})
-    with pytest.raises(ValueError, match="mode 'L'"):
+    with pytest.raises(ValueError, match="'L'"):
         processor(Image.new("L", (64, 64)), do_convert_rgb=False)
 
 

@@ -61,7 +61,7 @@ def test_cached_position_ids():
     padded = cache_of(5)
     padded.mmar_position_ids = torch.tensor([[0, 1, 2, 0]])
     assert cached_position_ids(padded, 1).tolist() == [[0, 1, 2, 0, 3]]
-    with pytest.raises(ValueError, match="positions of 1 rows; got 3"):
+    with pytest.raises(ValueError, match="1 .*3"):
         cached_position_ids(cache, 3)
 
 
@@ -88,7 +88,7 @@ def test_mask_ratio_distribution(minimum):
 
 @pytest.mark.parametrize("minimum", [-0.1, 1.0])
 def test_mask_ratio_minimum_out_of_range(minimum):
-    with pytest.raises(ValueError, match=r"`minimum` must be in \[0, 1\)"):
+    with pytest.raises(ValueError, match="`minimum`"):
         sample_mask_ratios(1, minimum)
 
 
@@ -133,7 +133,7 @@ def test_other_orders():
     assert not torch.equal(orders[0], orders[1])
     # On a board of 4 x 4 the first half are the places whose row and column are both even or both odd.
     assert orders[0, :8].sort().values.tolist() == [0, 2, 5, 7, 8, 10, 13, 15]
-    with pytest.raises(ValueError, match="`order` must be one of random, checkerboard, raster; got 'spiral'"):
+    with pytest.raises(ValueError, match="`order`"):
         sample_orders(1, 16, order="spiral")
 
 
@@ -159,5 +159,5 @@ def test_tokens_per_step_sum_and_minimum_for_every_count():
 
 @pytest.mark.parametrize("num_ar_steps", [0, -1, 257, 300])
 def test_tokens_per_step_out_of_range(num_ar_steps):
-    with pytest.raises(ValueError, match=f"`num_ar_steps` must be between 1 and 256.*got {num_ar_steps}"):
+    with pytest.raises(ValueError, match="`num_ar_steps`"):
         tokens_per_step(256, num_ar_steps)

@@ -148,5 +148,5 @@ def test_command(monkeypatch, capsys):
 def test_other_systems_have_other_steps(config_class):
     """Their memory is not that of EmbeddingViT and Diffusion MLP."""
     for memory in (inference_memory, training_memory):
-        with pytest.raises(ValueError, match=f"expected the config of an MMAR.*of a '{config_class.model_type}'"):
+        with pytest.raises(ValueError, match=f"{config_class.model_type}"):
             memory(config_class())

@@ -51,7 +51,7 @@ def test_quotas_are_within_one_of_the_weights(weights):
 
 @pytest.mark.parametrize("weights", [[], [0.0], [-1.0, 2.0], [float("nan")], [float("inf")], [0.0005, 0.9995]])
 def test_bad_weights(weights):
-    with pytest.raises(ValueError, match="weights must be at least"):
+    with pytest.raises(ValueError, match="weights"):
         Proportions(weights)
 
 
@@ -98,5 +98,5 @@ def test_samples_depend_on_seed_and_number_alone():
     draw = torch.rand(4, generator=first.generator(3, 17))
     assert torch.equal(draw, torch.rand(4, generator=again.generator(3, 17)))
     assert not torch.equal(draw, torch.rand(4, generator=first.generator(3, 18)))
-    with pytest.raises(ValueError, match="a size above 0"):
+    with pytest.raises(ValueError, match="size"):
         Mixture([0], [1], [[1, 1, 1]], 0)

@@ -120,10 +120,10 @@ def test_wrong_facts(values, message):
 @pytest.mark.parametrize("missing", ["command", "dataset", "metrics"])
 def test_wrong_evaluation(tmp_path, missing):
     (tmp_path / "result.json").write_text(json.dumps({k: v for k, v in EVALUATION.items() if k != missing}))
-    with pytest.raises(ValueError, match=f"'{missing}' is wrong or missing"):
+    with pytest.raises(ValueError, match=f"{missing}"):
         read_evaluation(tmp_path / "result.json")
     (tmp_path / "result.json").write_text("[")
-    with pytest.raises(ValueError, match="expected the result of an evaluation"):
+    with pytest.raises(ValueError, match="evaluation"):
         read_evaluation(tmp_path / "result.json")
 
 

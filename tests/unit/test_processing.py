@@ -136,7 +136,7 @@ def test_none_among_pictures_is_a_text_without_one(processor):
     expected = processor([[RED], [], [BLUE]], ["<image>", "text", "<image>"], return_tensors="pt")
     assert torch.equal(features["pixel_values"], expected["pixel_values"])
     assert torch.equal(features["input_ids"], expected["input_ids"])
-    with pytest.raises(ValueError, match="row 1 has 1 marks and 0 pictures"):
+    with pytest.raises(ValueError, match="row 1 .*1 .*0"):
         processor([RED, None], ["<image>", "<image>"])
 
 
@@ -161,7 +161,7 @@ def test_bad_chats(processor, chat, message):
 
 
 def test_other_modalities_are_refused(processor):
-    with pytest.raises(ValueError, match="videos or audio"):
+    with pytest.raises(ValueError, match="videos"):
         processor(text="a", videos=[RED])
 
 
@@ -169,11 +169,11 @@ def test_too_long_text_is_refused():
     processor = MMARProcessor(MMARImageProcessor(size=8), make_tokenizer(model_max_length=30), num_image_tokens=4)
     exact = "a" * 28 + "<image>" * 2  # a picture takes one position, whatever its tokens
     assert processor([[RED, BLUE], []], [exact, "b"], return_tensors="pt").input_ids.shape == (2, 36)
-    with pytest.raises(ValueError, match="Text 1 must have at most 30 positions.*got 31"):
+    with pytest.raises(ValueError, match="Text 1 .*30 .*31"):
         processor([[], [RED, BLUE]], ["b", "a" + exact])
-    with pytest.raises(ValueError, match="Prompt 1 with its picture must have at most 30"):
+    with pytest.raises(ValueError, match="Prompt 1 .*30"):
         processor.generation_inputs(["", "z" * 40])
-    with pytest.raises(ValueError, match="A training sample"):
+    with pytest.raises(ValueError, match="sample"):
         processor.training_example("i2t", "z" * 40)
 
 
@@ -181,7 +181,7 @@ def test_truncation_keeps_pictures_whole(processor):
     kwargs = {"truncation": True, "return_tensors": "pt"}
     assert rows(processor, processor(RED, "<image>qqqq", max_length=6, **kwargs)) == [f"{IMAGES}qq"]
     for max_length in (1, 3):
-        with pytest.raises(ValueError, match="Truncation must keep pictures whole"):
+        with pytest.raises(ValueError, match="Truncation"):
             processor(RED, "<image>qqqq", max_length=max_length, **kwargs)
 
 
@@ -210,7 +210,7 @@ def test_chat_template(processor):
     assert processor.tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == (
         "<|im_start|>user\nHi<|im_end|>\n"
     )
-    with pytest.raises(Exception, match="got 'video'"):
+    with pytest.raises(Exception, match="'video'"):
         processor.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}])
 
 
@@ -367,21 +367,21 @@ def test_negative_prompts(processor):
     assert features.negative_input_ids.shape == features.input_ids.shape  # one batch of 2B for guidance
     one = processor.generation_inputs(["a crab", "b"], "bad")
     assert rows(processor, one, "negative_") == [PREFIX.format("bad")] * 2
-    with pytest.raises(ValueError, match="got 1 for 2 prompts"):
+    with pytest.raises(ValueError, match="1 .*2"):
         processor.generation_inputs(["a", "b"], ["c"])
 
 
 def test_broken_unicode(processor):
-    with pytest.raises(ValueError, match="Text 0 must be valid Unicode; got a lone surrogate at 2"):
+    with pytest.raises(ValueError, match="Text 0 .*Unicode"):
         processor(text="ab\ud800")
-    with pytest.raises(ValueError, match="A prompt must be valid Unicode"):
+    with pytest.raises(ValueError, match="Unicode"):
         processor.generation_inputs(["\ud800"])
 
 
 def test_bad_prompts(processor):
     with pytest.raises(ValueError, match="at least one"):
         processor.generation_inputs([])
-    with pytest.raises(ValueError, match="must be a string; got int"):
+    with pytest.raises(ValueError, match="int"):
         processor.generation_inputs([1])
 
 
@@ -437,9 +437,9 @@ def test_post_processing(processor):
     pictures = processor.post_process_multimodal_output(torch.ones(2, 3, 8, 8), generation_mode="image")
     assert [picture.getpixel((0, 0)) for picture in pictures] == [(255, 255, 255)] * 2
     assert processor.output_modalities == ("image", "text")
-    with pytest.raises(ValueError, match="black picture"):
+    with pytest.raises(ValueError, match="black"):
         processor.post_process_multimodal_output(torch.full((1, 3, 8, 8), torch.nan), generation_mode="image")
-    with pytest.raises(ValueError, match="got 'audio'"):
+    with pytest.raises(ValueError, match="'audio'"):
         processor.post_process_multimodal_output(ids, generation_mode="audio")
     assert processor.batch_decode(ids, skip_special_tokens=True) == ["Hi"]
 
@@ -448,7 +448,7 @@ def test_post_processing(processor):
 
 
 def test_init_refuses():
-    with pytest.raises(ValueError, match="needs a `tokenizer`"):
+    with pytest.raises(ValueError, match="`tokenizer`"):
         MMARProcessor()
     with pytest.raises(ValueError, match="num_image_tokens"):
         MMARProcessor(tokenizer=make_tokenizer(), num_image_tokens=0)
@@ -582,9 +582,9 @@ def test_qwen2_tokenizer(tmp_path):
 
 @pytest.mark.parametrize("template", ["{{ 'Generate an image:' }}", "{% for message in messages %}a{% endfor %}"])
 def test_a_chat_template_without_the_text_is_refused(tmp_path, template):
-    with pytest.raises(ValueError, match="`chat_template` must write the user's text"):
+    with pytest.raises(ValueError, match="`chat_template`"):
         make_processor(chat_template=template)
     make_processor().save_pretrained(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(template)
-    with pytest.raises(ValueError, match="`chat_template` must write the user's text"):
+    with pytest.raises(ValueError, match="`chat_template`"):
         MMARProcessor.from_pretrained(tmp_path)
