@@ -69,6 +69,17 @@ def test_linear_steps_are_the_schedulers(scheduler):
     assert any(has_noise) == isinstance(scheduler, DDPMScheduler)
 
 
+def test_linear_steps_are_kept_by_all_that_they_depend_on():
+    scheduler = DDPMScheduler(**SCHEDULE)
+    steps = LinearSteps.of(scheduler, 5)
+    assert LinearSteps.of(DDPMScheduler(**SCHEDULE), 5) is steps
+    assert LinearSteps.of(DDIMScheduler(**SCHEDULE), 5) != steps
+    assert LinearSteps.of(scheduler, 6) != steps
+    assert LinearSteps.of(DDPMScheduler(**SCHEDULE | {"timestep_spacing": "trailing"}), 5) != steps
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.square()
+    assert LinearSteps.of(scheduler, 5) != steps
+
+
 def test_steps_with_memory_or_unknown_ones_are_not_read_off():
     class MyScheduler(DDPMScheduler):
         pass

@@ -919,6 +919,7 @@ def scheduler_like(scheduler_class, **options):
     return scheduler_class.from_config(tiny_model().default_scheduler().config, **options)
 
 
+COSINE = {"beta_schedule": "squaredcos_cap_v2"}
 ERRORS = {
     "AR steps": (
         {"num_ar_steps": 17},
@@ -980,6 +981,15 @@ ERRORS = {
         {"scheduler": scheduler_like(DDIMScheduler, timestep_spacing="leading"), "num_inference_steps": 1},
         "`timestep_spacing`",
     ),
+    "one leading step at the end": (
+        {"scheduler": scheduler_like(DDIMScheduler, timestep_spacing="leading"), "num_inference_steps": (3, 1)},
+        "`timestep_spacing`",
+    ),
+    "almost the betas": (
+        {"scheduler": scheduler_like(DDPMScheduler, trained_betas=(0.98 * DDPMScheduler(**COSINE).betas).tolist())},
+        "`scheduler`",
+    ),
+    "too many null prompts": ({"negative_input_ids": torch.ones(3, 3, dtype=torch.long)}, "`negative_input_ids`"),
     "output type": ({"output_type": "pil"}, "`output_type`"),
     "unknown argument": ({"num_steps": 3}, "num_steps"),
     "mask alone": (
@@ -1021,8 +1031,34 @@ def test_broken_weights_raise_instead_of_a_black_picture(value):
 def test_known_nan_latents_raise(model):
     mask = torch.zeros(2, 16, dtype=torch.bool)
     mask[:, :4] = True
+    latents = torch.zeros(2, 4, 4, 4)
+    latents[1, 2, 3, 3] = float("nan")  # one number
     with pytest.raises(ValueError, match="expected finite latents where `latent_mask` is False"):
-        draw(model, latents=torch.full((2, 4, 4, 4), float("nan")), latent_mask=mask)
+        draw(model, latents=latents, latent_mask=mask)
+
+
+def test_the_ends_of_ranges_are_taken(model):
+    longest = model.config.text_config.max_position_embeddings - 1
+    settings = {"num_ar_steps": 1, "num_inference_steps": 2, "guidance_scale": 0}
+    assert torch.isfinite(draw(model, input_ids=random_text(1, longest), **settings)).all()
+    most = model.config.diffusion_config.num_train_timesteps
+    assert torch.isfinite(draw(model, **{**settings, "num_inference_steps": most})).all()
+
+
+def test_gradient_checkpointing_is_no_obstacle_in_eval_mode():
+    model = tiny_model()
+    expected = draw(model, generator=seeded(0))
+    model.gradient_checkpointing_enable()
+    assert torch.equal(draw(model, generator=seeded(0)), expected)
+    with pytest.raises(ValueError, match="gradient checkpointing"):
+        draw(model.train())
+
+
+def test_a_callback_that_writes_into_its_mask_changes_nothing(model):
+    def write(step, steps, partial, mask):
+        mask.fill_(True)
+
+    assert torch.equal(draw(model, generator=seeded(0), callback=write), draw(model, generator=seeded(0)))
 
 
 @pytest.mark.parametrize(
