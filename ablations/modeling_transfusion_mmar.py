@@ -172,6 +172,7 @@ class MMARTransfusionForConditionalGeneration(MMARForConditionalGeneration):
         latent_tokens: Tensor,
         latent_mask: Tensor | None,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        num_known: tuple[int, int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Latents `(I, N, C)` to the LLM's inputs `(I, N, D)` with noise, and that noise with its level behind."""
         num_images, config = len(latent_tokens), self.config

@@ -13,6 +13,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..modeling_mmar.checks_mmar import check_latents, check_pixel_values
 from ..modeling_mmar.configuration_mmar import KL16_CONFIG, MMARConfig, shorten
 from ..modeling_mmar.modeling_mmar import KeepsDtype, MMARForConditionalGeneration
 
@@ -173,7 +174,7 @@ class MMARVQForConditionalGeneration(MMARForConditionalGeneration):
     @torch.no_grad()
     def encode_image_distributions(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures to their codes' entries and to a std of 0; see `MMARForConditionalGeneration`."""
-        self._check_pictures(pixel_values)
+        check_pixel_values(pixel_values, self.config)
         with torch.autocast(pixel_values.device.type, enabled=False):
             encoded = self.vae.encode(pixel_values.to(self.vae.dtype)).latents
             codes = self.vae.quantize(encoded)[2][2]
@@ -184,7 +185,7 @@ class MMARVQForConditionalGeneration(MMARForConditionalGeneration):
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Latents to pictures, by their nearest codes; see `MMARForConditionalGeneration`."""
-        self._check_latents(latents, None)
+        check_latents(latents, None, self.config)
         codes = self.codes_of(latents.permute(0, 2, 3, 1))
         with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
             entries = self.vae.quantize.embedding(codes).permute(0, 3, 1, 2)

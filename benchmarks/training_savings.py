@@ -138,6 +138,7 @@ def language_model_loss(
             attention_mask={"full_attention": mask},
             position_ids=position_ids,
             image_token_mask=is_image,
+            num_image_tokens=int(is_image.sum()),
             num_prefix_tokens=num_prefix,
             use_cache=False,
         ).last_hidden_state

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
+from transformers.utils import is_tracing
 
-from .configuration_mmar import MMARConfig, shorten, shorten_names
+from .configuration_mmar import IGNORE_INDEX, MMARConfig, shorten, shorten_names
 from .diffusion_mmar import cosine_alphas_cumprod
-from .masking_mmar import ORDERS
+from .masking_mmar import ORDERS, BatchCounts
 
 
 # How guidance changes over the autoregressive steps: MAR's two schedules.
@@ -24,12 +25,162 @@ GUIDANCE_SCHEDULES = ("constant", "linear")
 CALLBACK_CHANGES = ("latents", "guidance_scale", "interrupt")
 
 
+# Largest absolute pixel value that is taken for [-1, 1]: resampled floats may overshoot a little.
+MAX_PIXEL_VALUE = 1.1
+
+
 def is_integer(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _looks_at_values(tensor: Tensor) -> bool:
+    """Whether a tensor's values are checked: on a CPU, which does not have to be waited for, and outside of graphs."""
+    return tensor.device.type == "cpu" and not is_tracing()
+
+
+def check_one_of(**given: Any) -> None:
+    """Raises a `ValueError` unless exactly one of these is given."""
+    if sum(value is not None for value in given.values()) != 1:
+        raise ValueError(f"expected exactly one of {' and '.join(f'`{name}`' for name in given)}; pass one of them.")
+
+
+def check_forward(
+    config: MMARConfig,
+    input_ids: Any = None,
+    inputs_embeds: Any = None,
+    attention_mask: Any = None,
+    image_token_mask: Any = None,
+    labels: Any = None,
+    pixel_values: Any = None,
+    latents: Any = None,
+    latent_mask: Any = None,
+) -> None:
+    """Raises a `ValueError` if inputs of `forward` are no tensors, or their types and shapes do not fit together."""
+    given = dict(locals())
+    del given["config"]
+    if isinstance(attention_mask, dict):
+        del given["attention_mask"]
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise ValueError(
+                f"`{name}` must be a torch tensor; got {type(value).__name__}. `MMARProcessor` makes tensors with "
+                '`return_tensors="pt"`; pass them as `**inputs`.'
+            )
+    for name in ("input_ids", "image_token_mask", "labels"):
+        value = given[name]
+        if value is not None and value.ndim != 2:
+            raise ValueError(f"`{name}` must have the shape (B, L); got {tuple(value.shape)}. Add the batch axis.")
+    inputs = input_ids if input_ids is not None else inputs_embeds
+    if labels is not None and inputs is not None and labels.shape != inputs.shape[:2]:
+        raise ValueError(
+            f"`labels` must have the shape {tuple(inputs.shape[:2])} of the inputs, {IGNORE_INDEX} where nothing is "
+            f"predicted; got {tuple(labels.shape)}."
+        )
+    mask = given.get("attention_mask")
+    if mask is not None and mask.ndim == 2 and inputs is not None:
+        if mask.shape[0] != inputs.shape[0] or mask.shape[1] < inputs.shape[1]:
+            raise ValueError(
+                f"`attention_mask` must have a row and column per token, cached ones included, at least "
+                f"{tuple(inputs.shape[:2])}; got {tuple(mask.shape)}."
+            )
+    for name, allowed in (("input_ids", None), ("labels", IGNORE_INDEX)):
+        _check_ids(name, given[name], allowed, config.text_config.vocab_size)
+    if pixel_values is not None and latents is not None:
+        raise ValueError("expected at most one of `pixel_values` and `latents`; pass one of them.")
+    if latents is not None:
+        check_latents(latents, latent_mask, config)
+    elif latent_mask is not None and pixel_values is not None:
+        _check_latent_mask(latent_mask, len(pixel_values), config)
+
+
+def _check_ids(name: str, ids: Tensor | None, allowed: int | None, vocab_size: int) -> None:
+    if ids is None:
+        return
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(f"`{name}` must be integers; got {ids.dtype}.")
+    # Not in each decoding step.
+    if ids.shape[1] > 1 and _looks_at_values(ids):
+        wrong = ((ids < 0) | (ids >= vocab_size)) & (ids != allowed if allowed else True)
+        if bool(wrong.any()):
+            raise ValueError(
+                f"`{name}` must be in [0, {vocab_size}), the model's vocabulary"
+                + (f", or {allowed}" if allowed else "")
+                + f"; got {int(ids[wrong][0])}. Take tokenizer and model from one folder."
+            )
+
+
+def check_image_tokens(
+    image_token_mask: Tensor | None, image_embeds: Tensor | None, config: MMARConfig, counts: BatchCounts | None
+) -> None:
+    """Raises a `ValueError` if image tokens and images do not match in number, or a row has part of an image."""
+    if (image_token_mask is None and image_embeds is None) or is_tracing():
+        return
+    num_images = 0 if image_embeds is None else len(image_embeds)
+    if counts is not None:
+        rows = counts.num_image_tokens
+    else:
+        rows = [] if image_token_mask is None else image_token_mask.sum(-1).tolist()
+    if sum(rows) != num_images * config.num_latents:
+        raise ValueError(
+            f"expected {config.num_latents} image tokens (id {config.image_token_id}) for each of the {num_images} "
+            f"images given; got {sum(rows)} image tokens. Give one image per image mark of the text; `MMARProcessor` "
+            "expands the marks."
+        )
+    if any(number % config.num_latents for number in rows):
+        raise ValueError(
+            f"expected complete images, {config.num_latents} image tokens each, in each row; got {rows} image tokens. "
+            "Do not truncate a text inside of an image."
+        )
+
+
+def check_pixel_values(pixel_values: Tensor, config: MMARConfig) -> None:
+    """Raises a `ValueError` if images have another size than the config's, or values outside of [-1, 1]."""
+    size = config.image_size
+    if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):
+        raise ValueError(
+            f"`pixel_values` must have the shape (num_images, 3, {size}, {size}); got {tuple(pixel_values.shape)}. "
+            "`MMARImageProcessor` resizes images."
+        )
+    if not pixel_values.is_floating_point():
+        raise ValueError(
+            f"`pixel_values` must be floating point, in [-1, 1]; got {pixel_values.dtype}. `MMARImageProcessor` "
+            "scales images."
+        )
+    # NaN fails the comparison too.
+    if _looks_at_values(pixel_values) and not bool((pixel_values.abs() <= MAX_PIXEL_VALUE).all()):
+        raise ValueError(
+            f"`pixel_values` must be finite and in [-1, 1]; got values up to {float(pixel_values.abs().max())}. "
+            "`MMARImageProcessor` scales images; bytes are x / 127.5 - 1."
+        )
+
+
+def check_latents(latents: Tensor, latent_mask: Tensor | None, config: MMARConfig) -> None:
+    """Raises a `ValueError` if latents have another shape than the config's, or known ones are not finite."""
+    shape = (config.latent_channels, config.latent_size, config.latent_size)
+    if latents.shape[1:] != shape:
+        raise ValueError(
+            f"`latents` must have the shape {('num_images', *shape)}, as `encode_images` makes them; got "
+            f"{tuple(latents.shape)}."
+        )
+    if latent_mask is not None:
+        _check_latent_mask(latent_mask, len(latents), config)
+    if _looks_at_values(latents):
+        finite = torch.isfinite(latents).all(1).flatten(1)  # (I, N); hidden latents are never read
+        if not bool((finite if latent_mask is None else finite | latent_mask).all()):
+            raise ValueError("expected finite images or latents; got NaN or infinite values. Check the input.")
+
+
+def _check_latent_mask(latent_mask: Tensor, num_images: int, config: MMARConfig) -> None:
+    expected = (num_images, config.num_latents)
+    if latent_mask.shape != expected or latent_mask.dtype != torch.bool:
+        raise ValueError(
+            f"`latent_mask` must be a bool tensor of shape {expected}, True where a latent is hidden; got "
+            f"{latent_mask.dtype} of shape {tuple(latent_mask.shape)}."
+        )
 
 
 def check_generate_images(

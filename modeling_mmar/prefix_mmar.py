@@ -23,7 +23,8 @@ MIN_PREFIX_SHARE = 1 / 16
 
 def num_prefix_tokens(
     language_model: nn.Module,
-    image_token_mask: Tensor | None,
+    first_image_column: int,
+    length: int,
     attention_mask: Tensor | dict | None = None,
     output_attentions: bool | None = None,
 ) -> int:
@@ -34,15 +35,16 @@ def num_prefix_tokens(
 
     Args:
         language_model (`MMARQwen2Model`): Its trainable parameters decide.
-        image_token_mask (`torch.BoolTensor` of shape `(B, L)`, *optional*): True at image tokens.
+        first_image_column (`int`): Of any row; 0 without image tokens.
+        length (`int`): L, columns of the batch.
         attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): 0 at padding. With any other kind text might
             see what comes after it.
         output_attentions (`bool`, *optional*): The attention weights are wanted, of all tokens at once.
 
     Returns:
-        `int`: The number of columns before the first image token of any row.
+        `int`: `first_image_column`, or 0.
     """
-    if image_token_mask is None or not torch.is_grad_enabled():
+    if first_image_column < MIN_PREFIX_SHARE * length or not torch.is_grad_enabled():
         return 0
     if attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.ndim == 2):
         return 0
@@ -52,9 +54,7 @@ def num_prefix_tokens(
         return 0
     if output_attentions or language_model.config.output_attentions or _gathers_within_layers(language_model):
         return 0
-    length = image_token_mask.shape[1]
-    first = int(image_token_mask.any(0).int().argmax())
-    return first if first >= MIN_PREFIX_SHARE * length else 0
+    return first_image_column
 
 
 def _gathers_within_layers(language_model: nn.Module) -> bool:

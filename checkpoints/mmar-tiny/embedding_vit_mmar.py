@@ -105,49 +105,42 @@ class MMARLatentEncoder(nn.Module):
         self,
         latent_tokens: Tensor,
         latent_mask: Tensor | None = None,
-        num_known: int | None = None,
-        num_slots: int | None = None,
+        num_known: int | tuple[int, int] | None = None,
     ) -> Tensor:
         r"""
         Args:
             latent_tokens (`torch.FloatTensor` of shape `(I, N, C)`): Clean tokens; hidden ones are never read.
             latent_mask (`torch.BoolTensor` of shape `(I, N)`, *optional*): True where a latent is hidden. Without it
                 every latent is known, as in understanding.
-            num_known (`int`, *optional*): How many the mask leaves known, if it is as many in every picture: then the
-                device is not asked.
-            num_slots (`int`, *optional*): In place of `num_known`, a bound of it: EmbeddingViT runs on so many slots,
-                some of them padding, and the device is not asked either.
+            num_known (`int` or `tuple[int, int]`, *optional*): How many the mask leaves known in every image, or the
+                least and the most of any: where they are given, the device is not asked for them.
 
         Returns:
             `torch.FloatTensor` of shape `(I, N, D)`.
         """
         dtype = self.mask_token.dtype
-        num_images, num_latents, _ = latent_tokens.shape
-        if latent_mask is None or num_known == num_latents:
+        num_images, num_latents, channels = latent_tokens.shape
+        if latent_mask is None:
             positions = torch.arange(num_latents, device=latent_tokens.device).expand(num_images, -1)
             embeddings = self.embedding_vit(self.post_projector(latent_tokens.to(dtype)), positions)
-        elif num_known == 0:
-            embeddings = self.mask_token.expand(num_images, num_latents, -1)
-        elif num_known is not None:
-            # Known places first, in order. (I, N) -> (I, K)
-            positions = latent_mask.long().argsort(dim=-1, stable=True)[:, :num_known]
-            tokens = latent_tokens.gather(1, positions[..., None].expand(-1, -1, latent_tokens.shape[-1]))
-            known = self.embedding_vit(self.post_projector(tokens.to(dtype)), positions)
-            embeddings = self.mask_token.expand(num_images, num_latents, -1).to(known.dtype)
-            embeddings = embeddings.scatter(1, positions[..., None].expand_as(known), known)
-        else:
-            num_known = (~latent_mask).sum(-1)
-            # One slot at least, so that every rank runs the ViT in training.
-            width = max(int(num_known.max()), 1) if num_slots is None else num_slots
+            return self.vis_projector(embeddings + self.position_embedding)
+        if num_known is None:
+            num_known = tuple(torch.stack((~latent_mask).sum(-1).aminmax()).tolist())
+        least, most = (num_known, num_known) if isinstance(num_known, int) else num_known
+        embeddings = self.mask_token.expand(num_images, num_latents, -1)
+        # In training one slot at least, so that every rank runs the ViT.
+        if most > 0 or self.training:
+            width = max(most, 1)
             # Known places first, in order. (I, N) -> (I, K)
             positions = latent_mask.long().argsort(dim=-1, stable=True)[:, :width]
-            valid = torch.arange(width, device=positions.device) < num_known[:, None]
-            tokens = latent_tokens.gather(1, positions[..., None].expand(-1, -1, latent_tokens.shape[-1]))
-            # Padding slots must not read hidden latents, not even NaN.
-            tokens = tokens.masked_fill(~valid[..., None], 0.0).to(dtype)
-            all_valid = num_slots is None and bool((num_known == width).all())
-            known = self.embedding_vit(self.post_projector(tokens), positions, None if all_valid else valid)
-            embeddings = self.mask_token.expand(num_images, num_latents, -1).to(known.dtype)
-            known = torch.where(valid[..., None], known, self.mask_token.to(known.dtype))
+            tokens, valid = latent_tokens.gather(1, positions[..., None].expand(-1, -1, channels)), None
+            if least < width:
+                valid = torch.arange(width, device=positions.device) < (~latent_mask).sum(-1)[:, None]
+                # Slots of padding must not read hidden latents, not even NaN.
+                tokens = tokens.masked_fill(~valid[..., None], 0.0)
+            known = self.embedding_vit(self.post_projector(tokens.to(dtype)), positions, valid)
+            embeddings = embeddings.to(known.dtype)
+            if valid is not None:
+                known = torch.where(valid[..., None], known, self.mask_token.to(known.dtype))
             embeddings = embeddings.scatter(1, positions[..., None].expand_as(known), known)
         return self.vis_projector(embeddings + self.position_embedding)

@@ -1,6 +1,7 @@
 """Attention blocks, shared positions, mask ratios, orders and the tokens per autoregressive step."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -129,6 +130,51 @@ def forget_last_tokens(cache: Cache, num_tokens: int) -> None:
             layer.cumulative_length.sub_(num_tokens)
         else:
             layer.crop(-num_tokens)
+
+
+@dataclass
+class BatchCounts:
+    r"""
+    What a training batch holds, asked of the device once: each question would wait for it.
+
+    Args:
+        num_image_tokens (`list[int]`): Image tokens of each row.
+        first_image_column (`int`): The first column with an image token in any row; 0 without image tokens.
+        num_labels (`int`): Positions that predict a labelled token.
+        num_hidden (`list[int]`): Hidden latents of each image.
+    """
+
+    num_image_tokens: list[int]
+    first_image_column: int
+    num_labels: int
+    num_hidden: list[int]
+
+    @classmethod
+    def of(cls, image_token_mask: Tensor | None, predicts: Tensor | None, latent_mask: Tensor | None) -> "BatchCounts":
+        """Counts of masks `(B, L)`, `(B, L)` and `(I, N)`, each True at what is counted; None counts nothing."""
+        parts = []
+        if image_token_mask is not None:
+            parts += [image_token_mask.any(0).int().argmax()[None], image_token_mask.sum(-1)]
+        if predicts is not None:
+            parts += [predicts.sum()[None]]
+        if latent_mask is not None:
+            parts += [latent_mask.sum(-1)]
+        values = iter(torch.cat([part.to(parts[0].device) for part in parts]).tolist() if parts else [])
+        first_image_column, rows = 0, []
+        if image_token_mask is not None:
+            first_image_column, rows = next(values), [next(values) for _ in image_token_mask]
+        return cls(rows, first_image_column, 0 if predicts is None else next(values), list(values))
+
+    def num_known(self, num_latents: int) -> tuple[int, int] | None:
+        """The least and the most known latents of any image."""
+        if not self.num_hidden:
+            return None
+        return num_latents - max(self.num_hidden), num_latents - min(self.num_hidden)
+
+
+def true_places(mask: Tensor, count: int) -> Tensor:
+    """Indices `(count,)` of the True elements of a flattened mask, in order, without asking the device how many."""
+    return (~mask.flatten()).int().argsort(stable=True)[:count]
 
 
 def sample_mask_ratios(num_images: int, minimum: float, generator: torch.Generator | None = None) -> Tensor:

@@ -20,7 +20,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, Pr
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from transformers.utils import (
     CONFIG_NAME,
@@ -35,6 +35,7 @@ from transformers.utils import (
 from .card_mmar import card_for, count_parameters, make_model_card
 from .hub_mmar import export_remote_code
 from .push_mmar import push_folder
+from .checks_mmar import check_forward, check_image_tokens, check_latents, check_one_of, check_pixel_values
 from .configuration_mmar import IGNORE_INDEX, MMARConfig, shorten, shorten_names
 from .diffusion_mmar import (
     TIMESTEP_INITIAL_STD,
@@ -57,19 +58,19 @@ from .frozen_parts_mmar import (
     part_of,
 )
 from .masking_mmar import (
+    BatchCounts,
     cached_position_ids,
     forget_last_tokens,
     image_block_ids,
     next_position_ids,
     shared_position_ids,
+    true_places,
 )
 from .plora_mmar import MMARQwen2Model
 from .prefix_mmar import num_prefix_tokens
 from .quantization_mmar import for_backbone_only, plora_aware_quantizers
 
 
-# Largest absolute pixel value that is taken for [-1, 1].
-MAX_PIXEL_VALUE = 1.1
 # As transformers takes it: what `torch.compile(part)`, put in the place of a part, adds to its weights' names. Each
 # entry removes one, and compiled parts may stand in compiled ones.
 COMPILED = {r"_orig_mod\.": "", r"_orig_mod[.]": ""}
@@ -245,10 +246,9 @@ class MMARModel(MMARPreTrainedModel):
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
-        latent_tokens: Tensor | None = None,
-        latent_mask: Tensor | None = None,
-        image_token_mask: Tensor | None = None,
         image_embeds: Tensor | None = None,
+        image_token_mask: Tensor | None = None,
+        counts: BatchCounts | None = None,
         use_cache: bool | None = None,
         return_dict: bool | None = None,
         **kwargs,
@@ -260,12 +260,11 @@ class MMARModel(MMARPreTrainedModel):
             position_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): RoPE positions; made here by default.
             past_key_values (`Cache`, *optional*): Keys and values of earlier tokens.
             inputs_embeds (`torch.FloatTensor` of shape `(B, L, D)`, *optional*): In place of the tokens' embeddings.
-            latent_tokens (`torch.FloatTensor` of shape `(I, N, C)`, *optional*): The pictures, in reading order.
-            latent_mask (`torch.BoolTensor` of shape `(I, N)`, *optional*): True where a latent is hidden.
+            image_embeds (`torch.FloatTensor` of shape `(I, N, D)`, *optional*): What `latent_encoder` makes of the
+                images, in reading order.
             image_token_mask (`torch.BoolTensor` of shape `(B, L)`, *optional*): True at image tokens; by default where
                 `image_token_id` or its embedding is.
-            image_embeds (`torch.FloatTensor` of shape `(I, N, D)`, *optional*): In place of `latent_tokens`, what
-                `latent_encoder` would make of them.
+            counts (`BatchCounts`, *optional*): Of a training batch.
             use_cache (`bool`, *optional*): Return the cache.
             return_dict (`bool`, *optional*): False returns a tuple of what is not None. Default from
                 `config.return_dict`.
@@ -274,44 +273,42 @@ class MMARModel(MMARPreTrainedModel):
             `BaseModelOutputWithPast`
 
         Raises:
-            ValueError: If image tokens and pictures do not match in number, or the text is longer than the language
-                model's positions.
+            ValueError: If both or none of `input_ids` and `inputs_embeds` are given, image tokens and images do not
+                match in number, or the text is longer than the language model's positions.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("expected exactly one of `input_ids` and `inputs_embeds`; pass one of them.")
+        check_one_of(input_ids=input_ids, inputs_embeds=inputs_embeds)
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-        pictures = latent_tokens if image_embeds is None else image_embeds
-        if image_token_mask is None and (pictures is not None or self._may_hold_images(input_ids, past_key_values)):
+        has_images = image_embeds is not None
+        if image_token_mask is None and (has_images or self._may_hold_images(input_ids, past_key_values)):
             image_token_mask = self.get_placeholder_mask(input_ids, inputs_embeds)
-        if not is_tracing():
-            self._check_images(image_token_mask, pictures)
-        if pictures is None:
+        check_image_tokens(image_token_mask, image_embeds, self.config, counts)
+        if not has_images:
             image_token_mask = None
 
-        # 1. Embed the text; the placeholder's own embedding is never read.
+        # 3. Embed the text and put the images in their places; the placeholder's own embedding is never read.
         gives_embeds = inputs_embeds is not None
         if not gives_embeds:
             text_ids = input_ids if image_token_mask is None else input_ids.masked_fill(image_token_mask, 0)
             inputs_embeds = self.language_model.embed_tokens(text_ids)
         num_prefix = 0
-        if self.training and past_key_values is None:
-            # Of embeddings made here not whether they require one, which transformers sets for gradient checkpointing.
+        if counts is not None and past_key_values is None and image_token_mask is not None:
+            # Of embeddings made here, `requires_grad` may have been set by transformers for gradient checkpointing.
             needs_gradient = inputs_embeds.requires_grad if gives_embeds else inputs_embeds.grad_fn is not None
             if not needs_gradient:
                 num_prefix = num_prefix_tokens(
-                    self.language_model, image_token_mask, attention_mask, kwargs.get("output_attentions")
+                    self.language_model,
+                    counts.first_image_column,
+                    inputs_embeds.shape[1],
+                    attention_mask,
+                    kwargs.get("output_attentions"),
                 )
-
-        # 2. Embed the pictures and put them in their places (Fig. 2).
         if image_token_mask is not None:
-            if image_embeds is None:
-                image_embeds = self.latent_encoder(latent_tokens, latent_mask)
             inputs_embeds = inputs_embeds.masked_scatter(image_token_mask[..., None], image_embeds.to(inputs_embeds))
 
-        # 3. Positions and attention: causal text, bidirectional pictures.
+        # 4. Positions and attention: causal text, bidirectional images (Sec. 3.3.2).
         if position_ids is None:
             position_ids = self._position_ids(inputs_embeds, image_token_mask, attention_mask, past_key_values)
-        # Looked at where it can be, and not in each decoding step, which would sync.
+        # Values are looked at only where they may be too large, and not in each decoding step, which would wait.
         if not is_tracing() and inputs_embeds.shape[1] > 1:
             total = inputs_embeds.shape[1] + (0 if isinstance(past_length, Tensor) else past_length)
             if total > self.config.text_config.max_position_embeddings:
@@ -320,7 +317,7 @@ class MMARModel(MMARPreTrainedModel):
             block_ids = None
             if image_token_mask is not None:
                 block_ids = image_block_ids(image_token_mask, self.config.num_latents)
-                # Full length: earlier pictures are whole and lie in the past of every query.
+                # Full length: earlier images are complete and lie in the past of every query.
                 block_ids = F.pad(block_ids, (int(past_length), 0), value=-1)
             attention_mask = {
                 "full_attention": create_causal_mask(
@@ -333,7 +330,7 @@ class MMARModel(MMARPreTrainedModel):
                 )
             }
 
-        # 4. The language model. In training PLoRA always runs, so that ranks with and without images agree.
+        # 5. The language model. In training PLoRA always runs, so that ranks with and without images agree.
         if image_token_mask is None and self.training:
             image_token_mask = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
         cached = None
@@ -347,37 +344,21 @@ class MMARModel(MMARPreTrainedModel):
             past_key_values=past_key_values,
             use_cache=use_cache,
             image_token_mask=image_token_mask,
+            num_image_tokens=None if counts is None else sum(counts.num_image_tokens),
             num_prefix_tokens=num_prefix,
             return_dict=True,
             **kwargs,
         )
         if cached is not None and outputs.past_key_values is not None:
-            # The next token's position is not the number of cached tokens, once a picture was read.
+            # The next token's position is not the number of cached tokens, once an image was read.
             position_ids = position_ids.expand(inputs_embeds.shape[0], -1)
             outputs.past_key_values.mmar_position_ids = torch.cat([cached.to(position_ids), position_ids], dim=1)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if return_dict else outputs.to_tuple()
 
     def _may_hold_images(self, input_ids: Tensor | None, past_key_values: Cache | None) -> bool:
-        """Whether tokens that come without pictures are looked at: not in decoding steps, which would sync."""
+        """Whether tokens that come without images are looked at: not in decoding steps, which would wait."""
         return input_ids is not None and not (past_key_values is not None and input_ids.shape[1] == 1)
-
-    def _check_images(self, image_token_mask: Tensor | None, pictures: Tensor | None) -> None:
-        if image_token_mask is None and pictures is None:
-            return
-        num_tokens = 0 if image_token_mask is None else int(image_token_mask.sum())
-        num_images = 0 if pictures is None else len(pictures)
-        if num_tokens != num_images * self.config.num_latents:
-            raise ValueError(
-                f"expected {self.config.num_latents} image tokens (id {self.config.image_token_id}) for each of the "
-                f"{num_images} pictures given; got {num_tokens} image tokens. Give one picture per image mark of the "
-                "text; `MMARProcessor` expands the marks."
-            )
-        if num_tokens and bool((image_token_mask.sum(-1) % self.config.num_latents).any()):
-            raise ValueError(
-                f"expected whole pictures, {self.config.num_latents} image tokens each, in each row; got "
-                f"{image_token_mask.sum(-1).tolist()} image tokens. Do not truncate a text inside a picture."
-            )
 
     def _check_positions(self, position_ids: Tensor) -> None:
         limit = self.config.text_config.max_position_embeddings
@@ -469,9 +450,13 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARFastGenerationMixin,
         latent_tokens: Tensor,
         latent_mask: Tensor | None,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        num_known: tuple[int, int] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Latents `(I, N, C)` to the LLM's inputs `(I, N, D)`, and to what `image_token_loss` takes of each."""
-        return self.model.latent_encoder(latent_tokens, latent_mask), latent_tokens
+        """
+        Latents `(I, N, C)` to the LLM's inputs `(I, N, D)`, and to what `image_token_loss` takes of each. `num_known`
+        are the least and the most that the mask leaves known.
+        """
+        return self.model.latent_encoder(latent_tokens, latent_mask, num_known), latent_tokens
 
     def image_token_loss(
         self,
@@ -838,30 +823,29 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARFastGenerationMixin,
             ValueError: If the pictures have another size than the config's, are integers, or have values outside
                 [-1, 1].
         """
-        self._check_pictures(pixel_values)
+        check_pixel_values(pixel_values, self.config)
         with torch.autocast(pixel_values.device.type, enabled=False):
             posterior = self.vae.encode(pixel_values.to(self.vae.dtype)).latent_dist
         shift, scale = self._latent_shift_and_scale(posterior.mean)
         return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
 
-    def _check_pictures(self, pixel_values: Tensor) -> None:
-        size = self.config.image_size
-        if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):
-            raise ValueError(
-                f"`pixel_values` must have the shape (num_images, 3, {size}, {size}); got "
-                f"{tuple(pixel_values.shape)}. `MMARImageProcessor` resizes pictures."
-            )
-        if not pixel_values.is_floating_point():
-            raise ValueError(
-                f"`pixel_values` must be floating point, in [-1, 1]; got {pixel_values.dtype}. `MMARImageProcessor` "
-                "scales pictures."
-            )
-        # NaN fails the comparison too. Resampled floats may overshoot a little.
-        if not is_tracing() and not bool((pixel_values.abs() <= MAX_PIXEL_VALUE).all()):
-            raise ValueError(
-                f"`pixel_values` must be finite and in [-1, 1]; got values up to {float(pixel_values.abs().max())}. "
-                "`MMARImageProcessor` scales pictures; bytes are x / 127.5 - 1."
-            )
+    def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        r"""
+        Images as the language model reads them, all latents known.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(I, 3, H, W)`): Images in [-1, 1].
+
+        Returns:
+            `BaseModelOutputWithPooling`: `last_hidden_state`, the latents `(I, N, C)`; `pooler_output`, the language
+            model's inputs `(I, N, D)`.
+
+        Raises:
+            ValueError: If `encode_images` does not take the images.
+        """
+        latent_tokens = self.encode_images(pixel_values).flatten(2).transpose(1, 2)
+        image_embeds, _ = self.embed_latents(latent_tokens, None)
+        return BaseModelOutputWithPooling(last_hidden_state=latent_tokens, pooler_output=image_embeds)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         r"""
@@ -876,32 +860,10 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARFastGenerationMixin,
         Raises:
             ValueError: If the latents have another shape than the config's, or are NaN or infinite.
         """
-        self._check_latents(latents, None)
+        check_latents(latents, None, self.config)
         shift, scale = self._latent_shift_and_scale(latents)
         with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
             return self.vae.decode((latents.float() / scale + shift).to(self.vae.dtype)).sample.float()
-
-    def _check_latents(self, latents: Tensor | None, latent_mask: Tensor | None) -> None:
-        if latents is None:
-            return
-        shape = (self.config.latent_channels, self.config.latent_size, self.config.latent_size)
-        if latents.shape[1:] != shape:
-            raise ValueError(
-                f"`latents` must have the shape {('num_images', *shape)}, as `encode_images` makes them; got "
-                f"{tuple(latents.shape)}."
-            )
-        if latent_mask is not None:
-            expected = (len(latents), self.config.num_latents)
-            if latent_mask.shape != expected or latent_mask.dtype != torch.bool:
-                raise ValueError(
-                    f"`latent_mask` must be a bool tensor of shape {expected}, True where a latent is hidden; got "
-                    f"{latent_mask.dtype} of shape {tuple(latent_mask.shape)}."
-                )
-        if is_tracing():
-            return
-        finite = torch.isfinite(latents).all(1).flatten(1)  # (I, N); hidden latents are never read
-        if not bool((finite if latent_mask is None else finite | latent_mask.to(finite.device)).all()):
-            raise ValueError("expected finite pictures or latents; got NaN or infinite values. Check the input.")
 
     def _latent_shift_and_scale(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         config = self.vae.config
@@ -969,45 +931,46 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARFastGenerationMixin,
             ValueError: If both pictures and latents are given, an input is no tensor, shapes are wrong, or image
                 tokens and pictures do not match in number.
         """
-        tensors = {
-            "input_ids": input_ids,
-            "inputs_embeds": inputs_embeds,
-            "pixel_values": pixel_values,
-            "latents": latents,
-            "latent_mask": latent_mask,
-            "image_token_mask": image_token_mask,
-            "labels": labels,
-        }
-        if not isinstance(attention_mask, dict):
-            tensors["attention_mask"] = attention_mask
-        _check_tensors(tensors, self.config.text_config.vocab_size)
-        if pixel_values is not None and latents is not None:
-            raise ValueError("expected at most one of `pixel_values` and `latents`; pass one of them.")
-        # Collated with other batches in mind, a batch of texts may bring no pictures as an empty tensor.
-        pixel_values, latents = (
-            None if value is not None and value.shape[:1] == (0,) else value for value in (pixel_values, latents)
-        )
-        if pixel_values is None and latents is None and latent_mask is not None and len(latent_mask) == 0:
+        # Collated with other batches in mind, a batch of texts may bring no images as an empty tensor.
+        if _is_empty(pixel_values) or _is_empty(latents):
+            pixel_values, latents = (None if _is_empty(value) else value for value in (pixel_values, latents))
+        if pixel_values is None and latents is None and _is_empty(latent_mask):
             latent_mask = None
+        check_forward(
+            self.config,
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            image_token_mask=image_token_mask,
+            labels=labels,
+            pixel_values=pixel_values,
+            latents=latents,
+            latent_mask=latent_mask,
+        )
 
         # 1. Encode latents: the posterior is sampled in training, its mode is read at inference.
         if pixel_values is not None:
             latents = self.encode_images(pixel_values, sample_posterior=self.training, generator=generator)
-        self._check_latents(latents, latent_mask)
+        has_images = latents is not None
         # (I, C, h, w) -> (I, N, C)
-        latent_tokens = None if latents is None else latents.flatten(2).transpose(1, 2)
-        if self.training and latent_tokens is not None and latent_mask is None:
-            # The same pictures, by the way that the mask token takes part in.
+        latent_tokens = latents.flatten(2).transpose(1, 2) if has_images else None
+        if self.training and has_images and latent_mask is None:
+            # The same images, computed in a way in which the mask token takes part.
             latent_mask = torch.zeros(latent_tokens.shape[:2], dtype=torch.bool, device=latent_tokens.device)
-
-        # 2., 3. Hide latents, embed the pictures.
-        image_embeds, targets = None, None
-        if latent_tokens is not None:
-            image_embeds, targets = self.embed_latents(latent_tokens, latent_mask, generator)
-
-        # 4., 5. Build the sequence, run the LLM.
-        if image_token_mask is None and latent_tokens is not None and (input_ids is None) != (inputs_embeds is None):
+        if has_images and image_token_mask is None and (input_ids is None) != (inputs_embeds is None):
             image_token_mask = self.model.get_placeholder_mask(input_ids, inputs_embeds)
+        predicts = None if labels is None else F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) != IGNORE_INDEX
+        counts = None
+        if self.training or labels is not None or latent_mask is not None:
+            counts = BatchCounts.of(image_token_mask, predicts, latent_mask)
+
+        # 2. Hide latents, embed the images (Fig. 2).
+        image_embeds, targets = None, None
+        if has_images:
+            num_known = None if counts is None else counts.num_known(self.config.num_latents)
+            image_embeds, targets = self.embed_latents(latent_tokens, latent_mask, generator, num_known)
+
+        # 3. to 5. Build the sequence, run the LLM.
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -1016,6 +979,7 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARFastGenerationMixin,
             inputs_embeds=inputs_embeds,
             image_embeds=image_embeds,
             image_token_mask=image_token_mask,
+            counts=counts if self.training else None,
             use_cache=use_cache,
             return_dict=True,
             **kwargs,
@@ -1023,22 +987,33 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARFastGenerationMixin,
         hidden_states = outputs.last_hidden_state
 
         # 6. Text head: in training only labelled positions pass the lm_head.
-        logits, text_loss = self.text_head(hidden_states, labels, logits_to_keep)
+        logits, text_loss = None, None
+        if labels is None or not self.training:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
+            logits = self.lm_head(hidden_states[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else kept])
+        if counts is not None and counts.num_labels:
+            places = true_places(predicts, counts.num_labels).to(hidden_states.device)
+            next_tokens = F.pad(labels[:, 1:], (0, 1)).flatten().to(places.device)[places]
+            text_loss = F.cross_entropy(self.lm_head(hidden_states.flatten(0, 1)[places]).float(), next_tokens)
 
         # 7. Image head: z at a hidden latent predicts that latent (Eq. 8).
         z, image_loss, token_losses, timesteps = None, None, None, None
-        if latent_tokens is not None:
-            # (B, L, D) -> (I, N, D)
+        if has_images:
             num_images, num_latents = latent_tokens.shape[:2]
-            places = (~image_token_mask.flatten()).int().argsort(stable=True)[: num_images * num_latents]
+            # (B, L, D) -> (I, N, D)
+            places = true_places(image_token_mask, num_images * num_latents).to(hidden_states.device)
             z = hidden_states.flatten(0, 1)[places].view(num_images, num_latents, -1)
-            if latent_mask is not None and bool(latent_mask.any()):
-                num_tokens = latent_mask.sum(-1).tolist() if isinstance(generator, list) else None
-                token_losses, timesteps = self.image_token_loss(
-                    targets[latent_mask], z[latent_mask], generator, num_tokens
-                )
-                image_loss, token_losses = token_losses.mean(), token_losses.detach()
+        if has_images and counts is not None and sum(counts.num_hidden):
+            places = true_places(latent_mask, sum(counts.num_hidden)).to(z.device)
+            token_losses, timesteps = self.image_token_loss(
+                targets.flatten(0, 1).to(places.device)[places],
+                z.flatten(0, 1)[places],
+                generator,
+                counts.num_hidden if isinstance(generator, list) else None,
+            )
+            image_loss, token_losses = token_losses.mean(), token_losses.detach()
 
+        # Eq. 4.
         parts = zip(loss_weights, (text_loss, image_loss), strict=True)
         losses = [weight * part for weight, part in parts if part is not None]
         if self.training and losses:
@@ -1058,23 +1033,6 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARFastGenerationMixin,
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return result if return_dict else result.to_tuple()
 
-    def text_head(
-        self, hidden_states: Tensor, labels: Tensor | None, logits_to_keep: int | Tensor = 0
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Logits of hidden states `(B, L, D)` where they are wanted, and the text loss where there are labels."""
-        logits, text_loss = None, None
-        if labels is not None:
-            labels = labels.to(hidden_states.device)
-            predicts = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) != IGNORE_INDEX
-            targets = labels[:, 1:][predicts[:, :-1]]
-            if len(targets):
-                text_loss = F.cross_entropy(self.lm_head(hidden_states[predicts]).float(), targets)
-        if labels is None or not self.training:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
-            kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else kept
-            logits = self.lm_head(hidden_states[:, kept])
-        return logits, text_loss
-
     def _unused_heads(
         self, hidden_states: Tensor, text_loss: Tensor | None, image_loss: Tensor | None, targets: Tensor | None
     ) -> Tensor:
@@ -1088,7 +1046,7 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARFastGenerationMixin,
         if targets is None:
             tokens = torch.zeros(1, self.config.num_latents, self.config.latent_channels, device=device)
             nothing_hidden = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=device)
-            embeds, targets = self.embed_latents(tokens, nothing_hidden, generator)
+            embeds, targets = self.embed_latents(tokens, nothing_hidden, generator, (self.config.num_latents,) * 2)
             output = output + embeds.float().sum()
         if image_loss is None:
             losses, _ = self.image_token_loss(targets[:1, 0], hidden_states[:1, 0], generator)
@@ -1129,7 +1087,7 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARFastGenerationMixin,
             raise ValueError(f"`generation_mode` must be 'text' or 'image'; got {shorten(generation_mode)}.")
         given = {name: kwargs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask")}
         given |= {"input_ids": args[0]} if args else {}
-        _check_tensors(given, self.config.text_config.vocab_size)
+        check_forward(self.config, **given)
         self._check_prompt_and_answer(*args, **kwargs)
         if isinstance(cache := kwargs.get("past_key_values"), Cache):
             self._fit_cache(cache, **given)
@@ -1362,48 +1320,8 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARFastGenerationMixin,
         return input_ids, model_kwargs
 
 
-def _check_tensors(tensors: dict[str, Any], vocab_size: int) -> None:
-    """Raises a `ValueError` if an input is neither a tensor nor None, or ids, labels and masks do not fit together."""
-    for name, value in tensors.items():
-        if value is not None and not isinstance(value, Tensor):
-            raise ValueError(
-                f"`{name}` must be a torch tensor; got {type(value).__name__}. `MMARProcessor` makes tensors with "
-                '`return_tensors="pt"`; pass them as `**inputs`.'
-            )
-    for name in ("input_ids", "image_token_mask", "labels"):
-        value = tensors.get(name)
-        if value is not None and value.ndim != 2:
-            raise ValueError(f"`{name}` must have the shape (B, L); got {tuple(value.shape)}. Add the batch axis.")
-    for name in ("input_ids", "labels"):
-        value = tensors.get(name)
-        if value is not None and (value.is_floating_point() or value.dtype == torch.bool):
-            raise ValueError(f"`{name}` must be integers; got {value.dtype}.")
-    ids, labels = tensors.get("input_ids"), tensors.get("labels")
-    inputs = ids if ids is not None else tensors.get("inputs_embeds")
-    if labels is not None and inputs is not None and labels.shape != inputs.shape[:2]:
-        raise ValueError(
-            f"`labels` must have the shape {tuple(inputs.shape[:2])} of the inputs, -100 where nothing is predicted; "
-            f"got {tuple(labels.shape)}."
-        )
-    mask = tensors.get("attention_mask")
-    if mask is not None and mask.ndim == 2 and inputs is not None:
-        if mask.shape[0] != inputs.shape[0] or mask.shape[1] < inputs.shape[1]:
-            raise ValueError(
-                f"`attention_mask` must have a row and column per token, cached ones included, at least "
-                f"{tuple(inputs.shape[:2])}; got {tuple(mask.shape)}."
-            )
-    if is_tracing():
-        return
-    # Not in each decoding step, nor on a device that would wait for the answer.
-    for name, values, allowed in (("input_ids", ids, None), ("labels", labels, IGNORE_INDEX)):
-        if values is not None and values.shape[1] > 1 and values.device.type == "cpu":
-            wrong = ((values < 0) | (values >= vocab_size)) & (values != allowed if allowed else True)
-            if bool(wrong.any()):
-                raise ValueError(
-                    f"`{name}` must be in [0, {vocab_size}), the model's vocabulary"
-                    + (f", or {allowed}" if allowed else "")
-                    + f"; got {int(values[wrong][0])}. Take tokenizer and model from one folder."
-                )
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.shape[:1] == (0,)
 
 
 def _base_of_adapter(path: str | os.PathLike, kwargs: dict[str, Any]) -> tuple[str | os.PathLike, dict[str, Any]]:

@@ -24,6 +24,7 @@ from transformers.models.qwen2.modeling_qwen2 import (
     eager_attention_forward,
 )
 
+from .masking_mmar import true_places
 from .prefix_mmar import split_arguments
 
 
@@ -218,8 +219,9 @@ class MMARQwen2DecoderLayer(Qwen2DecoderLayer):
 class MMARQwen2Model(Qwen2Model):
     """
     Qwen2 whose layers carry PLoRA. `forward` takes Qwen2's arguments and `image_token_mask`, a bool tensor `(B, L)`
-    that is True at image tokens; without it the result is Qwen2's, bit for bit. With `num_prefix_tokens` the first
-    tokens of each row, none of an image, are computed without gradients.
+    that is True at image tokens; without it the result is Qwen2's, bit for bit. With `num_image_tokens`, their number,
+    only they pass PLoRA. With `num_prefix_tokens` the first tokens of each row, none of an image, are computed without
+    gradients.
     """
 
     _no_split_modules = ["MMARQwen2DecoderLayer"]
@@ -240,12 +242,17 @@ class MMARQwen2Model(Qwen2Model):
         self._tp_plan, self._pp_plan = {}, {}
 
     def forward(
-        self, *args, image_token_mask: Tensor | None = None, num_prefix_tokens: int = 0, **kwargs
+        self,
+        *args,
+        image_token_mask: Tensor | None = None,
+        num_image_tokens: int | None = None,
+        num_prefix_tokens: int = 0,
+        **kwargs,
     ) -> BaseModelOutputWithPast:
         image_tokens = image_token_mask
-        if image_tokens is not None and self.training:
-            # By number, text does not pass the branch. Not in generation: all are of images, and looking would sync.
-            image_tokens = image_tokens[:, num_prefix_tokens:].flatten().nonzero()[:, 0]
+        if image_tokens is not None and num_image_tokens is not None:
+            # In training, image tokens are selected by index so that text skips the branch.
+            image_tokens = true_places(image_tokens[:, num_prefix_tokens:], num_image_tokens)
         return super().forward(*args, image_tokens=image_tokens, num_prefix_tokens=num_prefix_tokens, **kwargs)
 
     @torch.no_grad()

@@ -64,8 +64,7 @@ def condition(model, text: list[int], tokens: Tensor, hidden: list[bool]) -> Ten
         input_ids=torch.tensor([text + [model.config.image_token_id] * num_latents]),
         attention_mask={"full_attention": bias[None, None]},
         position_ids=torch.tensor([positions]),
-        latent_tokens=tokens[None],
-        latent_mask=torch.tensor([hidden]),
+        image_embeds=model.model.latent_encoder(tokens[None], torch.tensor([hidden])),
         use_cache=False,
     )
     return output.last_hidden_state[0, num_text:]

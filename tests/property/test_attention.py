@@ -24,7 +24,8 @@ def sequence(model):
 def hidden_states(model, sequence, latents, mask=None, **kwargs):
     tokens = latents.flatten(2).transpose(1, 2)
     with torch.no_grad():
-        return model.model(sequence, latent_tokens=tokens, latent_mask=mask, **kwargs).last_hidden_state
+        image_embeds = model.model.latent_encoder(tokens, mask)
+        return model.model(sequence, image_embeds=image_embeds, **kwargs).last_hidden_state
 
 
 def test_attention_implementation_is_the_one_asked_for(model):
@@ -88,17 +89,11 @@ def test_all_tokens_of_one_image_see_each_other(model, sequence):
 
 
 def run_embeds(model, embeds, image_token_mask):
-    """The model's own positions and masks around given embeddings: the latent encoder returns them unchanged."""
-    encoder = model.model.latent_encoder
-    picture_embeds = embeds[image_token_mask].view(-1, model.config.num_latents, embeds.shape[-1])
-    forward, encoder.forward = encoder.forward, lambda tokens, mask: picture_embeds
-    try:
-        tokens = torch.zeros(len(picture_embeds), model.config.num_latents, model.config.latent_channels)
-        return model.model(
-            inputs_embeds=embeds, image_token_mask=image_token_mask, latent_tokens=tokens
-        ).last_hidden_state
-    finally:
-        encoder.forward = forward
+    """The model's own positions and masks around given embeddings."""
+    image_embeds = embeds[image_token_mask].view(-1, model.config.num_latents, embeds.shape[-1])
+    return model.model(
+        inputs_embeds=embeds, image_token_mask=image_token_mask, image_embeds=image_embeds
+    ).last_hidden_state
 
 
 def test_image_tokens_are_equivariant_to_their_order(model, sequence):

@@ -31,9 +31,9 @@ VALUES = [0.0, -1e4, float("nan"), float("inf")]
 def test_hidden_latents_change_neither_z_nor_logits(model, batch, value):
     latents, mask = random_latents(model, 3), random_mask(model, 3)
     hidden = mask.view(3, 1, 4, 4)
-    reference = model.model(**batch, latent_tokens=latents.flatten(2).transpose(1, 2), latent_mask=mask)
+    reference = model.model(**batch, image_embeds=model.model.latent_encoder(latents.flatten(2).transpose(1, 2), mask))
     changed = latents.masked_fill(hidden, value)
-    output = model.model(**batch, latent_tokens=changed.flatten(2).transpose(1, 2), latent_mask=mask)
+    output = model.model(**batch, image_embeds=model.model.latent_encoder(changed.flatten(2).transpose(1, 2), mask))
     assert torch.equal(output.last_hidden_state, reference.last_hidden_state)
     expected = model(**batch, latents=latents, latent_mask=mask)
     output = model(**batch, latents=changed, latent_mask=mask)

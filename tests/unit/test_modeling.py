@@ -330,13 +330,16 @@ def test_total_loss_is_the_sum(model, batch):
     assert model(**batch).loss is None
 
 
+def embedded(model, latents, mask=None):
+    """What the language model reads in the places of images."""
+    return model.model.latent_encoder(latents.flatten(2).transpose(1, 2), mask)
+
+
 def test_z_stands_at_its_pictures(model, batch):
     del batch["labels"]
     with torch.no_grad():
         z = model(**batch).image_hidden_states
-        hidden = model.model(
-            batch["input_ids"], latent_tokens=batch["latents"].flatten(2).transpose(1, 2)
-        ).last_hidden_state
+        hidden = model.model(batch["input_ids"], image_embeds=embedded(model, batch["latents"])).last_hidden_state
     assert torch.equal(z, torch.stack([hidden[0, 20:36], hidden[2, 3:19], hidden[2, 21:37]]))
 
 
@@ -542,13 +545,9 @@ def test_a_mask_of_image_tokens_wins_over_ids_and_embeddings(model):
 
 def test_the_image_tokens_own_embedding_is_never_read(model, batch):
     with torch.no_grad():
-        expected = model.model(
-            batch["input_ids"], latent_tokens=batch["latents"].flatten(2).transpose(1, 2)
-        ).last_hidden_state
+        expected = model.model(batch["input_ids"], image_embeds=embedded(model, batch["latents"])).last_hidden_state
         model.get_input_embeddings().weight[127] = float("nan")
-        output = model.model(
-            batch["input_ids"], latent_tokens=batch["latents"].flatten(2).transpose(1, 2)
-        ).last_hidden_state
+        output = model.model(batch["input_ids"], image_embeds=embedded(model, batch["latents"])).last_hidden_state
     assert torch.equal(output, expected)
 
 
