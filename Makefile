@@ -68,7 +68,7 @@ data: $(VENV)/.done
 TINY_DATA := runs/emoji-styles
 TINY_START ?= checkpoints/mmar-tiny
 # recipe, model, data, latents if they are not the data's own, output
-TINY_TRAIN = $(BIN)/python -m mmar.training.train training/recipes/$(1).yaml model=$(2) data=$(3) \
+TINY_TRAIN = $(BIN)/mmar train $(1) model=$(2) data=$(3) \
 	$(if $(4),latents=$(4)) output_dir=$(5) $(TRAIN_OPTIONS)
 TINY_INIT = $(BIN)/python -m mmar.training.init_tiny --config configs/mmar-tiny --data $(TINY_DATA)/train.parquet
 # rows, model, copies, output

@@ -272,7 +272,7 @@ class Study:
         settings["logging_steps"] = min(NUM_LOGGED, settings.get("max_steps", NUM_LOGGED))
         words = [str(RECIPE), f"model={init}", f"data={data}", f"latents={self._latents(trial, init, data)}"]
         words += [f"output_dir={folder / 'run'}", *(f"{key}={value}" for key, value in settings.items())]
-        _call("mmar.training.train", *words)
+        _call("mmar train", *words)
         states = sorted((folder / "run").glob("checkpoint-*/trainer_state.json"), key=_step_of)
         state = folder / "run" / "trainer_state.json"
         history = json.loads((state if state.is_file() else states[-1]).read_text())["log_history"]
@@ -360,11 +360,11 @@ def write_figures(file: Path, values: dict[str, Any]) -> None:
     partial.replace(file)
 
 
-def _call(module: str, *words: object) -> None:
-    done = subprocess.run([sys.executable, "-m", module, *map(str, words)])
+def _call(command: str, *words: object) -> None:
+    done = subprocess.run([sys.executable, "-m", *command.split(), *map(str, words)])
     if done.returncode:
         raise ValueError(
-            f"expected {module} to do its work; it ended with {done.returncode}, and its messages are above. Started "
+            f"expected {command} to do its work; it ended with {done.returncode}, and its messages are above. Started "
             "again, the study goes on there."
         )
 

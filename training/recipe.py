@@ -164,13 +164,16 @@ def _are_numbers(values: Any) -> bool:
 
 # The recipe
 
+PARTS = (DataArguments, MMARTrainingArguments)
+
 
 def parse(arguments: list[str]) -> tuple[DataArguments, MMARTrainingArguments]:
     r"""
     Reads a recipe and the overrides after it.
 
     Args:
-        arguments (`list[str]`): The recipe's path, then `key=value`; a value is YAML, such as `[0.9, 0, 0.1]` or null.
+        arguments (`list[str]`): The recipe's path, or the name of one that is shipped, then `key=value`; a value is
+            YAML, such as `[0.9, 0, 0.1]` or null.
 
     Returns:
         `tuple` of `DataArguments` and `MMARTrainingArguments`.
@@ -179,26 +182,65 @@ def parse(arguments: list[str]) -> tuple[DataArguments, MMARTrainingArguments]:
         ValueError: If there is no recipe, an override is not `key=value`, a key is unknown, given twice or missing, a
             value is not of its field's type or range, or two values contradict each other.
     """
-    if not arguments or not Path(arguments[0]).is_file():
-        raise ValueError(f"expected a recipe (a YAML file) as first argument; got {shorten(arguments[:1])}.")
-    values = read_recipe(arguments[0])
+    values = read_recipe(find_recipe(arguments[0] if arguments else ""))
     for argument in arguments[1:]:
         key, found, value = argument.partition("=")
         if not found:
             raise ValueError(f"expected key=value after the recipe; got {shorten(argument)}.")
         values[key] = read_yaml(value, key)
-    # Not the fields' own types, which HfArgumentParser changes.
-    parts = (DataArguments, MMARTrainingArguments)
-    kinds = {f.name: get_type_hints(part)[f.name] for part in parts for f in dataclasses.fields(part)}
+    kinds = _kinds()
     own = [f.name for f in dataclasses.fields(DataArguments)]
     refuse_unknown(values, kinds, "a recipe", f"{', '.join(own)} and the fields of MMARTrainingArguments")
     if missing := [key for key in REQUIRED if values.get(key) is None]:
         raise ValueError(f"the training needs {', '.join(missing)}; give them as key=value.")
     given = set(values)
     values = {name: _typed(name, value, kinds[name]) for name, value in values.items()}
-    data_args, args = HfArgumentParser(parts).parse_dict(values)
+    data_args, args = HfArgumentParser(PARTS).parse_dict(values)
     _check_together(data_args, args, given)
     return data_args, args
+
+
+def _kinds() -> dict[str, Any]:
+    """All keys of a recipe with their types: not the fields' own, which HfArgumentParser changes."""
+    return {f.name: get_type_hints(part)[f.name] for part in PARTS for f in dataclasses.fields(part)}
+
+
+def find_recipe(name: str) -> Path:
+    r"""
+    Args:
+        name (`str`): Path of a recipe, or the name of one that is shipped, such as `"mmar_0_5b_stage1"`.
+
+    Returns:
+        `Path`: Its file.
+
+    Raises:
+        ValueError: If it is neither; names those that are shipped.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    # `training/recipes` and `ablations/recipes`.
+    shipped = {path.stem: path for path in sorted(Path(__file__).parents[1].glob("*/recipes/*.yaml"))}
+    if name.removesuffix(".yaml") not in shipped:
+        raise ValueError(
+            f"`recipe`, the first argument, must be a YAML file or one of {', '.join(shipped)}; got {shorten(name)}."
+        )
+    return shipped[name.removesuffix(".yaml")]
+
+
+def describe_keys() -> str:
+    """All keys that a recipe may hold, one a line, with their types, defaults and, where it is known, their help."""
+    lines = []
+    for part in PARTS:
+        for entry in sorted(dataclasses.fields(part), key=lambda entry: entry.name):
+            kind = get_type_hints(part)[entry.name]
+            default = entry.default
+            if entry.default_factory is not dataclasses.MISSING:
+                default = entry.default_factory()
+            about = f"{entry.name}: {kind.__name__ if isinstance(kind, type) else kind}".replace("typing.", "")
+            about += "" if default is dataclasses.MISSING else f" = {default!r}"
+            about += f"  # {entry.metadata['help']}" if entry.metadata.get("help") else ""
+            lines.append(" ".join(about.split()))
+    return "\n".join(lines)
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:

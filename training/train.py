@@ -1,16 +1,6 @@
-"""
-Trains MMAR after a recipe.
-
-    python -m mmar.training.train RECIPE model=runs/init data=train.parquet output_dir=runs/a
-    torchrun --nproc_per_node 8 -m mmar.training.train RECIPE ... shard=trained
-    accelerate launch --config_file configs/accelerate/fsdp2.yaml -m mmar.training.train RECIPE ...
-
-RECIPE is a YAML file (recipe.py); `key=value` on the command line wins. Started again, it goes on from the last whole
-checkpoint in `output_dir`; the model at the end, with the averaged weights, is `output_dir/final`.
-"""
+"""What `mmar train` does: opens data and model after a recipe, trains, and writes the final weights."""
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +9,6 @@ from datasets import IterableDataset
 from torch import nn
 from transformers import set_seed
 
-from ..command import run_command
 from ..conversion.models import open_model, open_processor
 from ..modeling_mmar.configuration_mmar import shorten
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
@@ -151,8 +140,18 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def main() -> None:
-    data, args = parse(sys.argv[1:])
+def main(arguments: list[str]) -> None:
+    r"""
+    Trains after a recipe, or goes on from the last complete checkpoint in its `output_dir`.
+
+    Args:
+        arguments (`list[str]`): The recipe and `key=value`, as in `parse`.
+
+    Raises:
+        ValueError: As `parse` raises; if data, model or checkpoint cannot be had or do not belong together, or another
+            process trains into `output_dir`.
+    """
+    data, args = parse(arguments)
     with claimed(args.output_dir, args.should_save):
         train(data, args)
 
@@ -209,7 +208,3 @@ def train(data: DataArguments, args: MMARTrainingArguments) -> None:
         trainer.save_state()
     with trainer.ema_weights():
         trainer.save_model(str(Path(args.output_dir) / "final"))
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -4,7 +4,7 @@ Trains an MMAR on scenes, after a recipe.
     python -m examples.scenes.train examples/scenes/stage1.yaml --mix 0.6 0.2 0.2 0.5 \
         model=runs/scenes/init output_dir=runs/scenes/stage1
 
-As `mmar.training.train`, with rows that are made when they are needed. `--mix` gives the shares of scenes with one
+As `mmar train`, with rows that are made when they are needed. `--mix` gives the shares of scenes with one
 glyph, with one group and with two groups, and that of large glyphs among the lone ones.
 """
 

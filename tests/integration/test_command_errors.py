@@ -91,11 +91,11 @@ def test_every_command_is_run_so(path: Path):
             ],
             "error: expected a folder of latents; there is no",
         ),
-        ("training.train", ["no.yaml"], "error: expected a recipe (a YAML file) as first argument; got ['no.yaml']."),
+        ("train", ["no.yaml"], "error: `recipe`, the first argument, must be "),
     ],
 )
 def test_one_line_says_what_is_wrong(module, arguments, message):
-    done = run(f"mmar.{module}", *arguments)
+    done = run(f"mmar.{module}" if "." in module else "mmar", *([] if "." in module else [module]), *arguments)
     lines = done.stderr.splitlines()
     assert done.returncode == 1 and not done.stdout
     assert lines[-1].startswith(message) and lines[-1].endswith(" (MMAR_TRACEBACK=1 shows where)")

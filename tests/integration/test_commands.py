@@ -11,16 +11,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from commands import mmar
 from diffusers import AutoencoderKL, VQModel
 from PIL import Image
 from safetensors.torch import load_file
 from squares import COLOURS, make_processor, make_rows, make_squares_model
 
 from mmar import MMARForConditionalGeneration, MMARPipeline, MMARProcessor
-from mmar.command import run_command
 from mmar.conversion import export
 from mmar.evaluation import emoji_styles
-from mmar.training import init_tiny, latents, train, train_latent_encoder, train_vae
+from mmar.training import init_tiny, latents, train_latent_encoder, train_vae
 from mmar.training.emoji_rows import DEPENDS_ON, QUESTIONS
 from mmar.training.train_vae import LATENT_ENCODER_NAME
 
@@ -127,34 +127,34 @@ def test_from_pictures_to_an_evaluated_checkpoint(tmp_path, data, monkeypatch, c
     recipe = [ROOT / "training/recipes/mmar_tiny_stage1.yaml", f"data={data}", f"output_dir={tmp_path / 'run'}"]
     recipe += [f"latents={cache}", f"eval_data={data}", "eval_strategy=steps", "eval_steps=2", "num_eval_pictures=1"]
     recipe += ["per_device_train_batch_size=4", "save_steps=2", "use_cpu=true", "logging_steps=1"]
-    run(train, monkeypatch, *recipe, f"model={init}", "max_steps=2")
+    mmar("train", *recipe, f"model={init}", "max_steps=2")
     # Goes on from step 2, and has the right VAE.
-    run(train, monkeypatch, *recipe, f"model={init}", "max_steps=4")
+    mmar("train", *recipe, f"model={init}", "max_steps=4")
     state = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4]
 
     # All done: a further start writes the final weights again, and trains no further.
     final = (tmp_path / "run" / "final" / "model.safetensors").read_bytes()
     (tmp_path / "run" / "final" / "model.safetensors").unlink()
-    run(train, monkeypatch, *recipe, f"model={init}", "max_steps=4")
+    mmar("train", *recipe, f"model={init}", "max_steps=4")
     assert (tmp_path / "run" / "final" / "model.safetensors").read_bytes() == final
     assert not (tmp_path / "run" / "checkpoint-5").exists()
 
     # A model with a VAE of its own would be trained on latents that its VAE, or the checkpoint's, does not make.
     other = make_init(tmp_path, data, monkeypatch, 1)
     with pytest.raises(ValueError, match="latents"):
-        run(train, monkeypatch, *recipe, f"model={other}", "max_steps=6")
+        mmar("train", *recipe, f"model={other}", "max_steps=6")
     others = tmp_path / "other_latents"
     run(latents, monkeypatch, data, "--model", other, "--out", others, "--num_copies", 1)
     with pytest.raises(ValueError, match="`model`"):
-        run(train, monkeypatch, *recipe, f"model={other}", f"latents={others}", "max_steps=6")
+        mmar("train", *recipe, f"model={other}", f"latents={others}", "max_steps=6")
 
     # The later stages go on from there; the last one trains the head only.
     weights = []
     for stage, folder in ((2, tmp_path / "run"), (3, tmp_path / "stage2")):
         recipe[0] = ROOT / f"training/recipes/mmar_tiny_stage{stage}.yaml"
         recipe[2] = f"output_dir={tmp_path / f'stage{stage}'}"
-        run(train, monkeypatch, *recipe, f"model={folder / 'final'}", "max_steps=2", "warmup_steps=0")
+        mmar("train", *recipe, f"model={folder / 'final'}", "max_steps=2", "warmup_steps=0")
         weights.append(load_file(tmp_path / f"stage{stage}" / "final" / "model.safetensors"))
     changed = {name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])}
     assert changed and all(name.startswith("diffusion_mlp.") for name in changed)
@@ -251,10 +251,10 @@ def test_a_streamed_training_resumes_as_if_unbroken(tmp_path, monkeypatch):
         history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
         return [entry["loss"] for entry in history if "loss" in entry]
 
-    run(train, monkeypatch, *recipe, f"output_dir={tmp_path / 'whole'}", "max_steps=6")
-    run(train, monkeypatch, *recipe, f"output_dir={tmp_path / 'broken'}", "max_steps=4")
+    mmar("train", *recipe, f"output_dir={tmp_path / 'whole'}", "max_steps=6")
+    mmar("train", *recipe, f"output_dir={tmp_path / 'broken'}", "max_steps=4")
     shutil.rmtree(tmp_path / "broken" / "checkpoint-4")
-    run(train, monkeypatch, *recipe, f"output_dir={tmp_path / 'broken'}", "max_steps=6")
+    mmar("train", *recipe, f"output_dir={tmp_path / 'broken'}", "max_steps=6")
     assert len(losses(tmp_path / "whole")) == 6 and losses(tmp_path / "broken") == losses(tmp_path / "whole")
 
 
@@ -274,7 +274,7 @@ def test_held_out_data_may_be_what_data_is(tmp_path, monkeypatch):
     recipe += [f"{name}={tmp_path / 'sources.yaml'}" for name in ("data", "eval_data")]
     recipe += ["per_device_train_batch_size=4", "use_cpu=true", "max_steps=2", "warmup_steps=0"]
     recipe += ["num_eval_samples=null"]
-    run(train, monkeypatch, *recipe, f"output_dir={tmp_path / 'out'}", "eval_strategy=steps", "eval_steps=1")
+    mmar("train", *recipe, f"output_dir={tmp_path / 'out'}", "eval_strategy=steps", "eval_steps=1")
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     assert sum("eval_t2i_loss" in entry for entry in history) == 2
 
@@ -293,5 +293,5 @@ def test_data_is_looked_at_before_the_model_is_loaded(tmp_path, monkeypatch, nam
     monkeypatch.chdir(tmp_path)
     words = [f"{key}={value}" for key, value in arguments.items()]
     recipe = ROOT / "training/recipes/mmar_tiny_stage1.yaml"
-    with pytest.raises(SystemExit, match="bad.parquet"):
-        run_command(lambda: run(train, monkeypatch, recipe, "swap_rate=0", *words))
+    with pytest.raises(ValueError, match="bad.parquet"):
+        mmar("train", recipe, "swap_rate=0", *words)

@@ -22,8 +22,6 @@ from safetensors.torch import load_file, save_file
 from squares import losses, make_processor, make_rows, make_squares_model, make_trainer
 from transformers import TrainerCallback
 
-from mmar.command import run_command
-from mmar.training import train as train_command
 from mmar.training.checkpoints import (
     MANIFEST_FILE,
     SAVING_FOLDER,
@@ -32,6 +30,7 @@ from mmar.training.checkpoints import (
     last_whole_checkpoint,
     rotate,
 )
+from mmar_cli.app import app
 
 
 ROOT = Path(__file__).parents[2]
@@ -300,10 +299,9 @@ def test_the_command_ends_with_status_1_where_weights_are_not_finite(tmp_path, m
     words = ["train", str(ROOT / "training/recipes/mmar_tiny_stage1.yaml"), f"model={tmp_path / 'init'}"]
     words += [f"data={tmp_path / 'rows.parquet'}", f"output_dir={tmp_path / 'run'}", "swap_rate=0", "use_cpu=true"]
     words += ["per_device_train_batch_size=4", "warmup_steps=0", "max_steps=1", "learning_rate=1e39"]
-    monkeypatch.setattr(sys, "argv", words)
     monkeypatch.delenv("MMAR_TRACEBACK", raising=False)
     with pytest.raises(SystemExit) as ended:
-        run_command(train_command.main)
+        app(words, standalone_mode=False)
     assert ended.value.code.startswith("error: expected finite weights to save; ")
     assert not list((tmp_path / "run").rglob("model.safetensors"))
 
@@ -390,7 +388,7 @@ def test_a_shard_that_disappears_ends_the_training(tmp_path, num_workers):
                     member = tarfile.TarInfo(name)
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
-    command = [sys.executable, "-m", "mmar.training.train", str(ROOT / "training/recipes/mmar_tiny_stage1.yaml")]
+    command = [sys.executable, "-m", "mmar", "train", str(ROOT / "training/recipes/mmar_tiny_stage1.yaml")]
     command += [
         f"model={tmp_path / 'init'}",
         f"data={tmp_path / 'shard-{0..1}.tar'}",

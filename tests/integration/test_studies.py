@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pyarrow.parquet as pq
 import pytest
 import torch
+from commands import mmar
 from diffusers import AutoencoderKL, VQModel
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
@@ -79,11 +80,13 @@ def in_process(monkeypatch):
     """Commands run here and not in processes of their own, which would start for seconds each; their names."""
     called = []
 
-    def call(module, *words):
-        called.append(module.rpartition(".")[2])
-        words = [*words, "use_cpu=true"] if module.endswith(".train") else words
+    def call(command, *words):
+        called.append(command.split()[-1].rpartition(".")[2])
+        if command.startswith("mmar "):
+            mmar(command.split()[1], *words, *(["use_cpu=true"] if command == "mmar train" else []))
+            return
         monkeypatch.setattr(sys, "argv", ["command", *map(str, words)])
-        importlib.import_module(module).main()
+        importlib.import_module(command).main()
 
     monkeypatch.setattr(study, "_call", call)
     monkeypatch.setattr(study, "NUM_INFERENCE_STEPS", 2)

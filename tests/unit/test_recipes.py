@@ -379,7 +379,8 @@ def launched(name, *options):
         "0",
         *options,
         "-m",
-        "mmar.training.train",
+        "mmar",
+        "train",
         "R",
     ]
     args, _, _ = _validate_launch_command(launch_command_parser().parse_args(line))
