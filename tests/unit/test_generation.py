@@ -989,6 +989,7 @@ ERRORS = {
         {"scheduler": scheduler_like(DDPMScheduler, trained_betas=(0.98 * DDPMScheduler(**COSINE).betas).tolist())},
         "`scheduler`",
     ),
+    "thresholding": ({"scheduler": scheduler_like(DDPMScheduler, thresholding=True)}, "`thresholding`"),
     "too many null prompts": ({"negative_input_ids": torch.ones(3, 3, dtype=torch.long)}, "`negative_input_ids`"),
     "output type": ({"output_type": "pil"}, "`output_type`"),
     "unknown argument": ({"num_steps": 3}, "num_steps"),
