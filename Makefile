@@ -99,7 +99,7 @@ runs/reader/report.json: | runs/stage2/final/config.json
 train-tiny: | runs/reader/report.json runs/latents-lite/broken.json
 	$(call TINY_TRAIN,mmar_tiny_stage2,runs/reader,configs/mmar-tiny/data.yaml,,runs/words) \
 		seed=2 'task_weights=[0.35,0.6,0.05]' max_steps=20000
-	$(BIN)/python -m mmar.conversion.export runs/words/final checkpoints/mmar-tiny --guidance_scale 2.0
+	$(BIN)/mmar export runs/words/final checkpoints/mmar-tiny --guidance_scale 2.0
 
 # From scratch: VAE, untrained model, cached latents, three stages.
 SCRATCH := runs/scratch
@@ -129,12 +129,12 @@ train-tiny-from-scratch: | $(SCRATCH)/latents/broken.json
 	$(call SCRATCH_TRAIN,mmar_tiny_stage1,$(SCRATCH)/init,$(SCRATCH)/stage1)
 	$(call SCRATCH_TRAIN,mmar_tiny_stage2,$(SCRATCH)/stage1/final,$(SCRATCH)/stage2)
 	$(call SCRATCH_TRAIN,mmar_tiny_stage3,$(SCRATCH)/stage2/final,$(SCRATCH)/stage3)
-	$(BIN)/python -m mmar.conversion.export $(SCRATCH)/stage3/final checkpoints/mmar-tiny --guidance_scale 2.0
+	$(BIN)/mmar export $(SCRATCH)/stage3/final checkpoints/mmar-tiny --guidance_scale 2.0
 
 evaluate-tiny: $(VENV)/.done | $(TINY_TEST)
 	$(BIN)/python -m mmar.evaluation.emoji_styles checkpoints/mmar-tiny --data $(TINY_TEST) \
 		--out runs/evaluation --judge $(JUDGE)
-	$(BIN)/python -m mmar.conversion.model_card checkpoints/mmar-tiny --facts configs/mmar-tiny/card.yaml \
+	$(BIN)/mmar card checkpoints/mmar-tiny --facts configs/mmar-tiny/card.yaml \
 		--evaluation runs/evaluation/result.json --repo_id checkpoints/mmar-tiny
 
 # The paper's experiments in small, into docs/results. Hours on two cores; trials that are done are kept, and the one

@@ -4,8 +4,6 @@ Autoencoders in CompVis' layout to folders of diffusers' models: what the comman
 Sizes are read from the tensors, each of which is used exactly once.
 """
 
-import argparse
-import json
 import pickle
 import re
 import zipfile
@@ -298,24 +296,6 @@ def convert_checkpoint(
     with new_folder(out, num_bytes=torch.float32.itemsize * parameters) as folder:
         model.save_pretrained(folder)
     return {"parameters": parameters, "sha256": digest, "config": config}
-
-
-def conversion_command(description: str | None, convert: Callable[..., dict[str, Any]]) -> None:
-    r"""
-    Reads the command line of a conversion, runs it, and prints its report.
-
-    Args:
-        description (`str`, *optional*): What `--help` says.
-        convert (`Callable`): Takes `checkpoint`, `out`, `use_ema` and `sha256`.
-    """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help=".ckpt, .pt, .pth or .safetensors")
-    parser.add_argument("out", type=Path, help="folder to make")
-    parser.add_argument("--no_ema", action="store_true", help="not the average of the weights, where there is one")
-    parser.add_argument("--sha256", help="the file's expected hash")
-    args = parser.parse_args()
-    report = convert(args.checkpoint, args.out, use_ema=not args.no_ema, sha256=args.sha256)
-    print(json.dumps(report, indent=2))
 
 
 def check_present(state: Mapping[str, Tensor], names: Iterable[str]) -> None:

@@ -1,11 +1,11 @@
 """
 Converts a KL autoencoder in CompVis' layout, LDM's kl-f16 or MAR's KL-16, to a folder of diffusers' `AutoencoderKL`.
 
-    python -m mmar.conversion.convert_kl16 kl16.ckpt runs/kl16
+    mmar convert kl16 kl16.ckpt runs/kl16
 
 The two differ in the decoder's first level, which has attention in LDM's and none in MAR's; the keys tell. Sizes are
 read from the tensors, each of which is used exactly once. The latent scale is not in such files: measure it with
-`mmar.conversion.measure_latent_scale`.
+`mmar latent-scale`.
 """
 
 from pathlib import Path
@@ -14,11 +14,9 @@ from typing import Any
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from ..command import run_command
 from .compvis import (
     QUANTIZER_PREFIX,
     AutoencoderKind,
-    conversion_command,
     convert_checkpoint,
     encoder_and_decoder_config,
 )
@@ -58,7 +56,7 @@ KL = AutoencoderKind(
     other_kinds={
         QUANTIZER_PREFIX: (
             "a VQ autoencoder (quantize.*). MMAR's tokens are continuous: take LDM's kl-f16. For the ablation with "
-            "discrete tokens, `mmar.conversion.convert_vq16` converts it."
+            "discrete tokens, `mmar convert vq16` converts it."
         ),
     },
 )
@@ -83,11 +81,3 @@ def convert_kl16(checkpoint: str | Path, out: str | Path, use_ema: bool = True, 
     report = convert_checkpoint(checkpoint, out, KL, use_ema, sha256)
     has_attention = report["config"]["up_block_types"][0] == "AttnUpDecoderBlock2D"
     return {"variant": "LDM" if has_attention else "MAR"} | report
-
-
-def main() -> None:
-    conversion_command(__doc__, convert_kl16)
-
-
-if __name__ == "__main__":
-    run_command(main)

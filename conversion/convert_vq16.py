@@ -1,7 +1,7 @@
 """
 Converts a VQ autoencoder in CompVis' layout, LDM's vq-f16, to a folder of diffusers' `VQModel`.
 
-    python -m mmar.conversion.convert_vq16 vq-f16.ckpt runs/vq16
+    mmar convert vq16 vq-f16.ckpt runs/vq16
 
 For the paper's ablation "w/ VQ" (suppl. Sec. 6.1), `MMARVQForConditionalGeneration`. Sizes are read from the tensors,
 each of which is used exactly once. Other VQ autoencoders of LDM's convert too, if their codes are the nearest entries
@@ -14,12 +14,10 @@ from typing import Any
 from diffusers import VQModel
 from torch import Tensor
 
-from ..command import run_command
 from .compvis import (
     QUANTIZER_PREFIX,
     AutoencoderKind,
     check_present,
-    conversion_command,
     convert_checkpoint,
     encoder_and_decoder_config,
     listed,
@@ -49,7 +47,7 @@ def autoencoder_config(state: dict[str, Tensor]) -> dict[str, Any]:
     quantizer = [name for name in state if name.startswith(QUANTIZER_PREFIX)]
     if not quantizer and encoded == 2 * decoded:
         # A mean and a log-variance for each channel that the decoder reads.
-        raise ValueError(VQ.refusal("a KL autoencoder. `mmar.conversion.convert_kl16` converts it."))
+        raise ValueError(VQ.refusal("a KL autoencoder. `mmar convert kl16` converts it."))
     if quantizer and CODEBOOK not in quantizer:
         raise ValueError(VQ.refusal(f"a quantizer without {CODEBOOK} ({listed(quantizer)}). Take {VQ.published}."))
     check_present(state, [CODEBOOK, "quant_conv.weight"])
@@ -85,11 +83,3 @@ def convert_vq16(checkpoint: str | Path, out: str | Path, use_ema: bool = True, 
         ValueError: If the file is not what it should be, or `out` holds something; nothing is left in `out` then.
     """
     return convert_checkpoint(checkpoint, out, VQ, use_ema, sha256)
-
-
-def main() -> None:
-    conversion_command(__doc__, convert_vq16)
-
-
-if __name__ == "__main__":
-    run_command(main)

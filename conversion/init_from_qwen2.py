@@ -1,7 +1,7 @@
 """
 Makes an untrained MMAR from a Qwen2 and a VAE: everything that training needs to begin.
 
-    python -m mmar.conversion.init_from_qwen2 --backbone Qwen/Qwen2-7B-Instruct --vae runs/kl16 --preset mmar-7b \\
+    mmar convert qwen2 --backbone Qwen/Qwen2-7B-Instruct --vae runs/kl16 --preset mmar-7b \\
         --out runs/mmar-7b
 
 The backbone is any Qwen2 or Qwen2.5, a local folder or a repository of the Hub; its config decides the language model,
@@ -9,7 +9,6 @@ the preset decides PLoRA, EmbeddingViT and Diffusion MLP. Weights are written sh
 in memory. `--frozen reference` leaves Qwen2 and the VAE out, and names them.
 """
 
-import argparse
 import json
 import zlib
 from collections.abc import Iterator
@@ -26,7 +25,6 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..command import run_command
 from ..modeling_mmar.configuration_mmar import MMARConfig, shorten, shorten_names
 from ..modeling_mmar.frozen_parts_mmar import PREFIXES, make_reference, open_weights, part_of, weights_files
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
@@ -359,7 +357,7 @@ def load_vae_config(vae_class: type[ModelMixin], vae: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"expected the folder of a diffusers {expected.__name__}; {shorten(str(vae))} cannot be read "
-            f"({shorten(error)}). `mmar.conversion.convert_kl16` makes an AutoencoderKL, `convert_vq16` a VQModel."
+            f"({shorten(error)}). `mmar convert kl16` makes an AutoencoderKL, `mmar convert vq16` a VQModel."
         ) from error
     if vae_config.get("_class_name") not in {own.__name__ for own in vae_class.__mro__}:
         kind = vae_config.get("_class_name") or vae_config.get("model_type")
@@ -428,32 +426,3 @@ def _reserved_tokens(tokenizer: PreTrainedTokenizerBase, text_config: Qwen2Confi
         if token.special and token.content not in used and number not in used_ids and token.content not in template
     ]
     return sorted(names, key=lambda name: "image" not in name)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", required=True, help="folder or repository of a Qwen2 or Qwen2.5")
-    parser.add_argument("--revision", help="of the backbone's repository")
-    parser.add_argument("--vae", required=True, help="folder of an AutoencoderKL with its measured scale")
-    parser.add_argument("--preset", required=True, help="mmar-0.5b, mmar-7b, or a folder with a config.json")
-    parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of all but the VAE")
-    parser.add_argument("--frozen", choices=("include", "reference"), default="include")
-    parser.add_argument("--max_shard_size", default="5GB")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--token", help="for a repository that is not public")
-    parser.add_argument(
-        "--allow_unmeasured_scale", action="store_true", help="take a VAE whose latent scale was never measured"
-    )
-    parser.add_argument(
-        "--image_token", help="a token that the tokenizer reserves, such as <|image_pad|>, in place of a new one"
-    )
-    parser.add_argument(
-        "--add_rows", action="store_true", help="give the embedding a row for the image token, where none is free"
-    )
-    args = parser.parse_args()
-    print(json.dumps(init_from_qwen2(**vars(args)), indent=2))
-
-
-if __name__ == "__main__":
-    run_command(main)

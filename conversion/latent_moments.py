@@ -33,8 +33,8 @@ def check_measured(vae_config: Mapping[str, Any], source: Any, option: str, allo
         return
     raise ValueError(
         f"{option} must have a measured latent scale; got {shorten(str(source))} with the default `scaling_factor` "
-        f"{scale} and no shift. Measure it with `python -m "
-        f"mmar.conversion.measure_latent_scale`, or pass {allow} to take it as it is."
+        f"{scale} and no shift. Measure it with "
+        f"`mmar latent-scale`, or pass {allow} to take it as it is."
     )
 
 

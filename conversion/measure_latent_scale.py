@@ -1,7 +1,7 @@
 """
 Measures the mean and std of a VAE's latents on one's pictures, and writes shift and scale to its config.
 
-    python -m mmar.conversion.measure_latent_scale runs/kl16 PICTURES
+    mmar latent-scale runs/kl16 PICTURES
 
 PICTURES is a folder, a parquet file (or a folder of them) with a column of pictures, or the id of a data set of
 `datasets`. Pictures come in random order and are read until the standard errors are below the tolerance and at least
@@ -9,7 +9,6 @@ PICTURES is a folder, a parquet file (or a folder of them) with a column of pict
 the scale stands in the VAE's config, and nowhere else.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -23,7 +22,6 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..command import run_command
 from ..files import path_inside
 from ..modeling_mmar.configuration_mmar import shorten, shorten_names
 from ..modeling_mmar.frozen_parts_mmar import fetch_part, names_in_index, open_weights, weights_files
@@ -34,7 +32,6 @@ from .latent_moments import MIN_PICTURES, LatentMoments
 from .models import model_class_of
 
 
-MODES = ("scalar", "channel")
 # Of a streamed data set, from which the next picture is drawn.
 SHUFFLE_BUFFER = 1000
 # A posterior's std is clamped to 3e-7; less spread than this is none.
@@ -285,44 +282,57 @@ def write_scale(folder: Path, config: dict[str, Any], moments: LatentMoments, mo
     return entries
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="of an AutoencoderKL or an MMAR; its config.json is changed")
-    parser.add_argument("pictures", help="folder, parquet file, or id of a data set")
-    parser.add_argument("--mode", choices=MODES, default="scalar", help="one scale for all channels, or one each")
-    parser.add_argument("--tolerance", type=float, default=0.005, help="largest standard error, in units of the std")
-    parser.add_argument(
-        "--max_pictures", type=int, help=f"stop here at the latest; fewer than {MIN_PICTURES} never converge"
-    )
-    parser.add_argument("--image_size", type=int, help="pixels along each side; the config's by default")
-    parser.add_argument("--column", default="image", help="of the pictures, in parquet files and data sets")
-    parser.add_argument("--split", default="train", help="of a data set")
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=0, help="of the order")
-    parser.add_argument("--overwrite", action="store_true", help="replace a scale that was measured before")
-    parser.add_argument("--dry_run", action="store_true", help="measure, and write nothing")
-    args = parser.parse_args()
-    if (
-        not 0 < args.tolerance < math.inf
-        or args.batch_size < 1
-        or (args.max_pictures is not None and args.max_pictures < 1)
-    ):
-        parser.error("--tolerance must be above 0, --batch_size and --max_pictures at least 1")
+def measure_folder(
+    folder: Path,
+    images: str,
+    mode: str = "scalar",
+    tolerance: float = 0.005,
+    max_pictures: int | None = None,
+    image_size: int | None = None,
+    column: str = "image",
+    split: str = "train",
+    batch_size: int = 16,
+    seed: int = 0,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    r"""
+    Measures the latents of a folder's VAE and writes their scale to its config. A warning on stderr says what kept the
+    measurement from converging.
 
-    vae, config = load_vae(args.folder)
-    if not (args.overwrite or args.dry_run) and has_scale(vae):
-        parser.error(
-            f"{args.folder} has a scale already, and a model trained with it would be lost; --overwrite replaces it"
+    Args:
+        folder (`Path`): Of an `AutoencoderKL` or an MMAR; its config.json is changed.
+        images (`str`): Folder, parquet file, or id of a data set.
+        mode (`str`, *optional*, defaults to `"scalar"`): As for `write_scale`.
+        tolerance, max_pictures, batch_size (*optional*): As for `measure`.
+        image_size (`int`, *optional*): Pixels along each side; the config's by default.
+        column, split, seed (*optional*): Of the images; as for `iterate_pictures`.
+        overwrite (`bool`, *optional*, defaults to `False`): Replace a scale that was measured before.
+        dry_run (`bool`, *optional*, defaults to `False`): Measure, and write nothing.
+
+    Returns:
+        `dict`: What was measured, and under `"written"` the entries of the config.
+
+    Raises:
+        ValueError: If there is a scale already and it must not be replaced, or as `load_vae` and `measure` raise.
+    """
+    if not 0 < tolerance < math.inf:
+        raise ValueError(f"`tolerance` must be above 0; got {tolerance}.")
+    vae, config = load_vae(folder)
+    if not (overwrite or dry_run) and has_scale(vae):
+        raise ValueError(
+            f"`overwrite` must be set for {shorten(str(folder))}, which has a scale already; a model trained with it "
+            "would be lost. Pass --overwrite to replace it."
         )
     if torch.accelerator.is_available():
         vae.to(torch.accelerator.current_accelerator())
-    image_size = args.image_size if args.image_size is not None else config.get("image_size", vae.config.sample_size)
-    pictures = iterate_pictures(args.pictures, args.column, args.split, args.seed)
-    moments, broken = measure(vae, pictures, image_size, args.tolerance, args.max_pictures, args.batch_size)
+    image_size = image_size if image_size is not None else config.get("image_size", vae.config.sample_size)
+    pictures = iterate_pictures(images, column, split, seed)
+    moments, broken = measure(vae, pictures, image_size, tolerance, max_pictures, batch_size)
     report = {
         "pictures": moments.num_pictures,
         "broken": broken,
-        "converged": moments.converged(args.tolerance),
+        "converged": moments.converged(tolerance),
         "standard_error": float(moments.errors().max()),
         "mean": moments.mean[:-1].tolist(),
         "std": moments.std[:-1].tolist(),
@@ -335,18 +345,14 @@ def main() -> None:
         else:
             reason = (
                 f"the standard error is {report['standard_error']:.3g} after {moments.num_pictures} pictures, not "
-                f"below the tolerance of {args.tolerance}"
+                f"below the tolerance of {tolerance}"
             )
-        was_stopped = args.max_pictures is not None and moments.num_pictures >= args.max_pictures
+        was_stopped = max_pictures is not None and moments.num_pictures >= max_pictures
         print(
             f"warning: {reason}; {'raise --max_pictures' if was_stopped else 'give more pictures'}"
             f"{', or a larger --tolerance' if moments.num_pictures >= MIN_PICTURES else ''}.",
             file=sys.stderr,
         )
-    if not args.dry_run:
-        report["written"] = write_scale(args.folder, config, moments, args.mode)
-    print(json.dumps(report, indent=2))
-
-
-if __name__ == "__main__":
-    run_command(main)
+    if not dry_run:
+        report["written"] = write_scale(folder, config, moments, mode)
+    return report

@@ -1,14 +1,13 @@
 """
 Writes an MMAR's PLoRA as a LoRA adapter of peft, and reads one back.
 
-    python -m mmar.conversion.plora_peft export runs/mmar-7b runs/plora
-    python -m mmar.conversion.plora_peft import runs/mmar-7b runs/plora runs/mmar-7b-again
+    mmar peft export runs/mmar-7b runs/plora
+    mmar peft import runs/mmar-7b runs/plora runs/mmar-7b-again
 
 The adapter has the names of Qwen2, so that `PeftModel.from_pretrained(qwen2, folder)` opens it too, where it acts on
 all tokens; in MMAR it acts on image tokens only. No number is changed either way.
 """
 
-import argparse
 import json
 import math
 from pathlib import Path
@@ -18,12 +17,10 @@ from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..command import run_command
 from ..modeling_mmar.configuration_mmar import shorten
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from ..modeling_mmar.plora_mmar import PLoRALinear
 from .folders import new_folder
-from .models import open_model, open_pipeline
 
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -182,28 +179,3 @@ def _name_in_mmar(name: str) -> str:
     for theirs, ours in FACTORS.items():
         name = name.removesuffix(theirs) + ours if name.endswith(theirs) else name
     return name if name.startswith(MMAR_PREFIX) else MMAR_PREFIX + name.removeprefix("model.")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    exporter = commands.add_parser("export", help="an MMAR's PLoRA to an adapter")
-    exporter.add_argument("model", help="folder or repository of an MMAR")
-    exporter.add_argument("adapter", type=Path, help="folder to make")
-    importer = commands.add_parser("import", help="an adapter to an MMAR's PLoRA")
-    importer.add_argument("model", help="folder or repository of an MMAR")
-    importer.add_argument("adapter", type=Path, help="folder of the adapter")
-    importer.add_argument("out", type=Path, help="folder of the new MMAR")
-    args = parser.parse_args()
-
-    if args.command == "export":
-        export_plora(open_model(args.model), args.adapter)
-        return
-    pipe = open_pipeline(args.model, dtype="auto", device="cpu")
-    import_plora(pipe.model, args.adapter)
-    with new_folder(args.out) as unfinished:
-        pipe.save_pretrained(unfinished)
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -130,7 +130,7 @@ class MMARAnswerer:
             raise ValueError(
                 f"expected an MMAR with processor_config.json, chat template and tokenizer in {shorten(str(name))}; "
                 f"got {type(error).__name__}: {shorten(error)} Name a folder or repository that "
-                "`MMARPipeline.save_pretrained` or `python -m mmar.conversion.export` wrote."
+                "`MMARPipeline.save_pretrained` or `mmar export` wrote."
             ) from error
         model = AutoModel.from_pretrained(name, dtype=dtype)
         if not hasattr(model, "default_scheduler"):

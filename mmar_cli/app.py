@@ -48,3 +48,10 @@ def command(group: typer.Typer, name: str | None = None, **settings: Any) -> Cal
         return function
 
     return add
+
+
+def command_group(name: str, about: str) -> typer.Typer:
+    """Adds a group of commands, with what its help says."""
+    group = typer.Typer(help=about, no_args_is_help=True, rich_markup_mode=None)
+    app.add_typer(group, name=name)
+    return group

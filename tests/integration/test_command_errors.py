@@ -52,18 +52,18 @@ def test_every_command_is_run_so(path: Path):
             "error: `preset` must be one of",
         ),
         (
-            "conversion.convert_kl16",
-            ["no.ckpt", "out"],
+            "convert",
+            ["kl16", "no.ckpt", "out"],
             "error: expected a checkpoint file; there is none",
         ),
         (
-            "conversion.convert_vq16",
-            ["no.ckpt", "out"],
+            "convert",
+            ["vq16", "no.ckpt", "out"],
             "error: expected a checkpoint file; there is none",
         ),
-        ("conversion.model_card", ["nowhere"], "error: expected the folder of an MMAR; 'nowhere' has no readable"),
+        ("card", ["nowhere"], "error: expected the folder of an MMAR; 'nowhere' has no readable"),
         (
-            "conversion.model_card",
+            "card",
             ["checkpoints/mmar-tiny", "--facts", "LICENSE"],
             "error: expected the facts of",
         ),
@@ -73,7 +73,7 @@ def test_every_command_is_run_so(path: Path):
             "error: expected captions in COCO's layout",
         ),
         (
-            "conversion.export",
+            "export",
             ["./nowhere", "out"],
             "error: `source` must be the folder of an MMAR or a repository of the Hub; got './nowhere'",
         ),
@@ -176,5 +176,5 @@ def test_trackers_that_are_not_installed_are_refused(tmp_path, trackers):
 
 
 def test_traceback_when_asked():
-    done = run("mmar.conversion.convert_kl16", "no.ckpt", "out", MMAR_TRACEBACK="1")
+    done = run("mmar", "convert", "kl16", "no.ckpt", "out", MMAR_TRACEBACK="1")
     assert done.returncode == 1 and "Traceback" in done.stderr

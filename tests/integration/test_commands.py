@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from squares import COLOURS, make_processor, make_rows, make_squares_model
 
 from mmar import MMARForConditionalGeneration, MMARPipeline, MMARProcessor
-from mmar.conversion import export
 from mmar.evaluation import emoji_styles
 from mmar.training import init_tiny, latents, train_latent_encoder, train_vae
 from mmar.training.emoji_rows import DEPENDS_ON, QUESTIONS
@@ -160,7 +159,7 @@ def test_from_pictures_to_an_evaluated_checkpoint(tmp_path, data, monkeypatch, c
     assert changed and all(name.startswith("diffusion_mlp.") for name in changed)
 
     folder = tmp_path / "exported"
-    run(export, monkeypatch, tmp_path / "stage3" / "final", folder, "--guidance_scale", 2, "--num_ar_steps", 3)
+    mmar("export", tmp_path / "stage3" / "final", folder, "--guidance_scale", 2, "--num_ar_steps", 3)
     pipe = MMARPipeline.from_pretrained(folder)
     assert pipe.dtype == torch.bfloat16 and pipe.model.vae.dtype == torch.float32
     assert pipe.model.config.image_generation == {
@@ -293,5 +292,5 @@ def test_data_is_looked_at_before_the_model_is_loaded(tmp_path, monkeypatch, nam
     monkeypatch.chdir(tmp_path)
     words = [f"{key}={value}" for key, value in arguments.items()]
     recipe = ROOT / "training/recipes/mmar_tiny_stage1.yaml"
-    with pytest.raises(ValueError, match="bad.parquet"):
+    with pytest.raises((ValueError, OSError), match="bad.parquet"):
         mmar("train", recipe, "swap_rate=0", *words)

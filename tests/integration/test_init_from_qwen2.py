@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import mmar
 from diffusers import AutoencoderKL, VQModel
 from helpers import tiny_config
 from parts import VAE_CONFIG, make_preset, make_qwen2, make_vae
@@ -18,7 +19,6 @@ from transformers import AutoModel, AutoTokenizer, Qwen2ForCausalLM
 
 from mmar import MMARForConditionalGeneration, MMARPipeline, MMARProcessor
 from mmar.ablations.systems import CONFIG_CLASSES, system_config
-from mmar.conversion import export, model_card, plora_peft
 from mmar.conversion.init_from_qwen2 import init_from_qwen2, load_preset
 
 
@@ -99,18 +99,17 @@ def test_the_systems_of_table_3_start_from_a_qwen2_too(folders, tmp_path, system
 
 
 @pytest.mark.parametrize("system", ["vq", "transfusion"])
-def test_commands_open_the_systems_of_table_3(folders, tmp_path, system, monkeypatch):
+def test_commands_open_the_systems_of_table_3(folders, tmp_path, system):
     """What writes a folder again, its card or its PLoRA does so by the class that the config names."""
     make_system(tmp_path, system)
     tokenizer = tmp_path / "vqmodel" if system == "vq" else folders / "vae"
     init(folders, tmp_path / "out", preset=str(tmp_path / "preset"), vae=tokenizer)
-    for module, *words in (
-        (export, tmp_path / "out", tmp_path / "again"),
-        (model_card, tmp_path / "again"),
-        (plora_peft, "export", tmp_path / "again", tmp_path / "adapter"),
+    for words in (
+        ("export", tmp_path / "out", tmp_path / "again"),
+        ("card", tmp_path / "again"),
+        ("peft", "export", tmp_path / "again", tmp_path / "adapter"),
     ):
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, words)])
-        module.main()
+        mmar(*words)
     before, again = (AutoModel.from_pretrained(tmp_path / name) for name in ("out", "again"))
     assert type(again) is type(before) and type(again.config) is CONFIG_CLASSES[system]
     assert all(torch.equal(value, before.state_dict()[name]) for name, value in again.state_dict().items())
@@ -583,7 +582,7 @@ def test_real_tokenizer(folders, tmp_path):
 
 
 def test_command(folders, tmp_path):
-    command = [sys.executable, "-m", "mmar.conversion.init_from_qwen2", "--backbone", str(folders / "qwen2")]
+    command = [sys.executable, "-m", "mmar", "convert", "qwen2", "--backbone", str(folders / "qwen2")]
     command += ["--vae", str(folders / "vae"), "--preset", str(folders / "preset"), "--out", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

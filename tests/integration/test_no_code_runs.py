@@ -15,6 +15,7 @@ import sys
 
 import pytest
 import torch
+from commands import mmar
 from diffusers import DiffusionPipeline
 from parts import make_preset, make_qwen2, make_vae
 from peft import LoraConfig, get_peft_model
@@ -29,7 +30,6 @@ from transformers import (
 )
 
 from mmar import MMARForConditionalGeneration, MMARPipeline, MMARProcessor
-from mmar.conversion import export, measure_latent_scale, model_card
 from mmar.conversion.init_from_qwen2 import init_from_qwen2
 from mmar.conversion.models import open_model, open_pipeline, open_processor
 from mmar.conversion.plora_peft import export_plora, import_plora
@@ -118,7 +118,7 @@ MMAR_DOORS = {
     "image-text-to-text": lambda folders: pipeline("image-text-to-text", model=str(folders / "mmar")),
     "open_model": lambda folders: open_model(folders / "mmar"),
     "open_pipeline": lambda folders: open_pipeline(folders / "mmar"),
-    "export": lambda folders: run(export, folders / "mmar", folders / "exported"),
+    "export": lambda folders: mmar("export", folders / "mmar", folders / "exported"),
 }
 LORA_DOORS = {
     "lora, AutoModel": lambda folders: AutoModel.from_pretrained(folders / "lora"),
@@ -127,7 +127,7 @@ LORA_DOORS = {
 INIT_DOORS = {"init_from_qwen2": init}
 VAE_DOORS = {
     **INIT_DOORS,
-    "measure_latent_scale": lambda folders: run(measure_latent_scale, folders / "vae", folders),
+    "measure_latent_scale": lambda folders: mmar("latent-scale", folders / "vae", folders),
     "train_vae": go_on_with_vae,
 }
 
@@ -220,7 +220,7 @@ ALL_DOORS = MMAR_DOORS | {
     "AutoImageProcessor": lambda folders: AutoImageProcessor.from_pretrained(folders / "mmar"),
     "DiffusionPipeline": lambda folders: DiffusionPipeline.from_pretrained(folders / "mmar"),
     "open_processor": lambda folders: open_processor(folders / "mmar"),
-    "model_card": lambda folders: run(model_card, folders / "mmar"),
+    "model_card": lambda folders: mmar("card", folders / "mmar"),
 }
 
 

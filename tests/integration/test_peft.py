@@ -1,17 +1,17 @@
 """PLoRA in peft's format, and a user's own LoRA on top of an MMAR."""
 
 import json
-import sys
 
 import pytest
 import torch
+from commands import mmar
 from helpers import qwen2_of, random_latents, random_text, tiny_model
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from squares import losses, make_processor, make_squares_model, make_trainer
 
 from mmar import MMARForConditionalGeneration
-from mmar.conversion.plora_peft import export_plora, import_plora, main
+from mmar.conversion.plora_peft import export_plora, import_plora
 from mmar.modeling_mmar.plora_mmar import PLoRALinear
 
 
@@ -141,14 +141,12 @@ def test_bad_adapters_change_nothing(tmp_path, case, message):
     assert all(torch.equal(value, before[name]) for name, value in plora_of(model).items())
 
 
-def test_commands(tmp_path, monkeypatch):
+def test_commands(tmp_path):
     from conftest import make_pipeline
 
     make_pipeline().save_pretrained(tmp_path / "model")
     for command in (["export", "model", "adapter"], ["import", "model", "adapter", "again"]):
-        arguments = [command[0], *(str(tmp_path / name) for name in command[1:])]
-        monkeypatch.setattr(sys, "argv", ["plora_peft", *arguments])
-        main()
+        mmar("peft", command[0], *(tmp_path / name for name in command[1:]))
     for name in ("model.safetensors", "config.json", "model_index.json", "tokenizer.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
 

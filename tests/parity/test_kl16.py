@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from commands import mmar
 from diffusers import AutoencoderKL
 from reference_compvis import (
     KL16_WIDTHS,
@@ -18,7 +19,7 @@ from reference_compvis import (
 )
 from safetensors.torch import load_file, save_file
 
-from mmar.conversion.convert_kl16 import convert_kl16, main
+from mmar.conversion.convert_kl16 import convert_kl16
 from mmar.modeling_mmar.configuration_mmar import KL16_CONFIG
 
 
@@ -112,13 +113,12 @@ def test_half_precision_becomes_float32(tmp_path):
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
-def test_command(tmp_path, monkeypatch, capsys):
+def test_command(tmp_path, capsys):
     reference = _reference()
     file = tmp_path / "model.safetensors"
     save_file(reference.state_dict(), file)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    monkeypatch.setattr(sys, "argv", ["convert_kl16", str(file), str(tmp_path / "vae"), "--sha256", digest.upper()])
-    main()
+    mmar("convert", "kl16", file, tmp_path / "vae", "--sha256", digest.upper())
     assert digest in capsys.readouterr().out
     _assert_equal(tmp_path / "vae", reference, 16)
 
@@ -185,7 +185,7 @@ def _broken(case, folder):
         ("left over", r"missing: nothing; left over: encoder\.extra\.weight"),
         ("wrong shape", r"encoder\.mid\.block_1\.conv1\.weight of shape \(96, 96, 3, 3\)"),
         ("half an average", "moving average.*missing: quant_convbias"),
-        ("vq", "got a VQ autoencoder.*take LDM's kl-f16.*mmar.conversion.convert_vq16"),
+        ("vq", "got a VQ autoencoder.*take LDM's kl-f16.*mmar convert vq16"),
         ("diffusers", "diffusers' layout"),
         ("language model", "got model.layers.*and 12 more"),
         ("numbers", "expected a KL autoencoder in CompVis' layout.*got 1"),

@@ -1,10 +1,10 @@
 """VQ-16 in CompVis' layout becomes diffusers' `VQModel` with the same codes and pictures, and MMAR's tokenizer."""
 
 import hashlib
-import sys
 
 import pytest
 import torch
+from commands import mmar
 from diffusers import VQModel
 from helpers import seeded, tiny_arguments
 from reference_compvis import (
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from mmar.ablations.modeling_vq_mmar import VQ16_CONFIG, MMARVQConfig, MMARVQForConditionalGeneration
 from mmar.conversion.compvis import convert_weights
-from mmar.conversion.convert_vq16 import autoencoder_config, convert_vq16, main
+from mmar.conversion.convert_vq16 import autoencoder_config, convert_vq16
 
 
 # Three levels, and a code narrower than what the decoder reads, so that no size stands for another.
@@ -90,12 +90,11 @@ def test_without_ema(tmp_path):
     assert all(not parameter.any() for parameter in VQModel.from_pretrained(tmp_path / "vq").parameters())
 
 
-def test_command(tmp_path, monkeypatch, capsys):
+def test_command(tmp_path, capsys):
     reference, file = _reference(), tmp_path / "model.safetensors"
     save_file(reference.state_dict(), file)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    monkeypatch.setattr(sys, "argv", ["convert_vq16", str(file), str(tmp_path / "vq"), "--sha256", digest])
-    main()
+    mmar("convert", "vq16", file, tmp_path / "vq", "--sha256", digest)
     assert digest in capsys.readouterr().out
     _assert_equal(tmp_path / "vq", reference)
     with pytest.raises(ValueError, match="SHA-256 00"):

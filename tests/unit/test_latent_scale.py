@@ -5,20 +5,20 @@ import io
 import json
 import os
 import shutil
-import sys
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from commands import mmar
 from diffusers import AutoencoderKL
 from helpers import tiny_config, tiny_model
 from PIL import Image
 
 from mmar import MMARForConditionalGeneration
 from mmar.conversion.latent_moments import MIN_PICTURES, LatentMoments
-from mmar.conversion.measure_latent_scale import has_scale, iterate_pictures, load_vae, main, measure
+from mmar.conversion.measure_latent_scale import has_scale, iterate_pictures, load_vae, measure
 from mmar.conversion.models import model_class_of
 
 
@@ -129,9 +129,8 @@ def vae_folder(tmp_path):
     return tmp_path / "vae"
 
 
-def run(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["measure_latent_scale", *map(str, arguments)])
-    main()
+def run(capsys, *arguments):
+    mmar("latent-scale", *arguments)
     return json.loads(capsys.readouterr().out)
 
 
@@ -153,7 +152,7 @@ def scaled(folder, pictures, channels):
 
 @pytest.mark.parametrize("mode", ["scalar", "channel"])
 def test_written_scale_gives_unit_variance(vae_folder, pictures, monkeypatch, capsys, mode):
-    report = run(monkeypatch, capsys, vae_folder, pictures / "files", "--mode", mode, "--image_size", 8)
+    report = run(capsys, vae_folder, pictures / "files", "--mode", mode, "--image_size", 8)
     assert (report["pictures"], report["broken"], report["converged"]) == (60, 1, False)
     mean, std = scaled(vae_folder, pictures / "files", mode == "channel")
     torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-5)
@@ -165,11 +164,11 @@ def test_written_scale_gives_unit_variance(vae_folder, pictures, monkeypatch, ca
 def test_parquet_gives_the_same_pictures(vae_folder, pictures, monkeypatch, capsys, source):
     options = ["--column", "picture", "--image_size", 8, "--dry_run"]
     before = (vae_folder / "config.json").read_bytes()
-    report = run(monkeypatch, capsys, vae_folder, pictures / source, *options)
+    report = run(capsys, vae_folder, pictures / source, *options)
     assert report["pictures"] == (60 if source == "parquet" else 30) and report["broken"] == 0
     assert (vae_folder / "config.json").read_bytes() == before
     if source == "parquet":
-        of_files = run(monkeypatch, capsys, vae_folder, pictures / "files", "--image_size", 8, "--dry_run")
+        of_files = run(capsys, vae_folder, pictures / "files", "--image_size", 8, "--dry_run")
         assert report["std"] == pytest.approx(of_files["std"], rel=1e-6)
 
 
@@ -186,18 +185,17 @@ def test_data_set_by_its_id(vae_folder, pictures, monkeypatch, capsys):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     options = ["--column", "picture", "--split", "validation", "--image_size", 8]
-    assert run(monkeypatch, capsys, vae_folder, "me/pictures", *options)["pictures"] == 60
+    assert run(capsys, vae_folder, "me/pictures", *options)["pictures"] == 60
 
 
 def test_stops_when_converged_or_told(vae_folder, tmp_path, monkeypatch, capsys):
     folder = make_pictures(tmp_path / "many", 200)
-    report = run(monkeypatch, capsys, vae_folder, folder, "--tolerance", 0.3, "--image_size", 8)
+    report = run(capsys, vae_folder, folder, "--tolerance", 0.3, "--image_size", 8)
     assert report["converged"] and MIN_PICTURES <= report["pictures"] < 120
     assert report["standard_error"] < 0.3
-    with pytest.raises(SystemExit):
-        run(monkeypatch, capsys, vae_folder, folder, "--image_size", 8)
-    assert "--overwrite" in capsys.readouterr().err
-    report = run(monkeypatch, capsys, vae_folder, folder, "--max_pictures", 21, "--image_size", 8, "--overwrite")
+    with pytest.raises(ValueError, match="`overwrite`"):
+        run(capsys, vae_folder, folder, "--image_size", 8)
+    report = run(capsys, vae_folder, folder, "--max_pictures", 21, "--image_size", 8, "--overwrite")
     assert report["pictures"] == 21 and not report["converged"]
 
 
@@ -213,9 +211,8 @@ def test_stops_when_converged_or_told(vae_folder, tmp_path, monkeypatch, capsys)
 def test_warning_names_what_kept_the_measurement_from_converging(
     vae_folder, tmp_path, monkeypatch, capsys, count, options, told, not_told
 ):
-    options = [str(option) for option in (vae_folder, make_pictures(tmp_path / "files", count), *options)]
-    monkeypatch.setattr(sys, "argv", ["measure_latent_scale", *options, "--image_size", "8", "--dry_run"])
-    main()
+    pictures = make_pictures(tmp_path / "files", count)
+    mmar("latent-scale", vae_folder, pictures, *options, "--image_size", "8", "--dry_run")
     captured = capsys.readouterr()
     warning = next(line for line in captured.err.splitlines() if line.startswith("warning: "))
     assert not json.loads(captured.out)["converged"]
@@ -229,7 +226,7 @@ def test_autoencoder_saved_from_a_model_is_a_plain_one(pictures, tmp_path, monke
     assert config["_class_name"] == "AutoencoderKL"
     if class_name != "as saved":  # as earlier versions wrote it
         (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {"_class_name": class_name}))
-    report = run(monkeypatch, capsys, tmp_path / "vae", pictures / "files")
+    report = run(capsys, tmp_path / "vae", pictures / "files")
     assert load_vae(tmp_path / "vae")[0].config.scaling_factor == pytest.approx(1 / report["std_of_all"])
 
 
@@ -241,7 +238,7 @@ def test_autoencoder_by_reference_is_measured_and_the_config_of_the_model_change
     model.config.frozen_parts = {"vae": {"repo_id": str(tmp_path / "vae")}}
     model.save_pretrained(tmp_path / "mmar", frozen="reference")
     before = (tmp_path / "vae" / "config.json").read_bytes()
-    report = run(monkeypatch, capsys, tmp_path / "mmar", pictures / "files")
+    report = run(capsys, tmp_path / "mmar", pictures / "files")
     loaded = MMARForConditionalGeneration.from_pretrained(tmp_path / "mmar")
     assert loaded.vae.config.scaling_factor == pytest.approx(1 / report["std_of_all"])
     assert (tmp_path / "vae" / "config.json").read_bytes() == before
@@ -252,7 +249,7 @@ def test_systems_with_the_same_autoencoder_are_measured_and_others_refused(pictu
 
     transfusion = system_config("transfusion", tiny_config(vae_config={"scaling_factor": 1.0, "shift_factor": None}))
     model_class_of(transfusion)(transfusion).save_pretrained(tmp_path / "transfusion")
-    report = run(monkeypatch, capsys, tmp_path / "transfusion", pictures / "files")
+    report = run(capsys, tmp_path / "transfusion", pictures / "files")
     config = json.loads((tmp_path / "transfusion" / "config.json").read_text())
     assert config["vae_config"]["scaling_factor"] == pytest.approx(1 / report["std_of_all"])
     own = {name: value for name, value in tiny_config().vae_config.items() if "factor" not in name}
@@ -291,7 +288,7 @@ def test_mmar_folder_is_changed_in_the_vae_config_alone(pictures, tmp_path, monk
     model = tiny_model(vae_config={"scaling_factor": 1.0, "shift_factor": None})
     model.save_pretrained(tmp_path / "mmar")
     before = json.loads((tmp_path / "mmar" / "config.json").read_text())
-    report = run(monkeypatch, capsys, tmp_path / "mmar", pictures / "files")
+    report = run(capsys, tmp_path / "mmar", pictures / "files")
     after = json.loads((tmp_path / "mmar" / "config.json").read_text())
     changed = {name for name in after if after[name] != before[name]}
     assert changed == {"vae_config"} and before.keys() == after.keys()

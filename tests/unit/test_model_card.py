@@ -1,10 +1,10 @@
 """Cards say what is known and nothing else, in metadata that huggingface_hub reads back."""
 
 import json
-import sys
 
 import pytest
 import torch
+from commands import mmar
 from helpers import tiny_arguments, tiny_config, tiny_model
 from huggingface_hub import ModelCard, metadata_load
 
@@ -16,7 +16,6 @@ from mmar.conversion.card_mmar import (
     make_model_card,
     read_evaluation,
 )
-from mmar.conversion.model_card import main
 
 
 EVALUATION = {
@@ -133,8 +132,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     (tmp_path / "facts.yaml").write_text("license: mit\nlanguage: [en]\n")
     (tmp_path / "result.json").write_text(json.dumps(EVALUATION))
     arguments = [str(tmp_path / "tiny"), "--facts", str(tmp_path / "facts.yaml")]
-    monkeypatch.setattr(sys, "argv", ["model_card", *arguments, "--evaluation", str(tmp_path / "result.json")])
-    main()
+    mmar("card", *arguments, "--evaluation", tmp_path / "result.json")
     assert capsys.readouterr().out.strip() == str(tmp_path / "tiny" / "README.md")
     card = ModelCard.load(tmp_path / "tiny" / "README.md")
     assert card.data.license == "mit" and len(card.data.eval_results) == 2
