@@ -38,7 +38,7 @@ from ..modeling_mmar.diffusion_mmar import (
     diffusion_loss,
 )
 from ..modeling_mmar.fast_generation_mmar import LinearSteps
-from ..modeling_mmar.frozen_parts_mmar import apply_umask
+from ..modeling_mmar.saving_mmar import apply_umask
 from .study import check_plots
 
 

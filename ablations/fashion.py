@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from ..command import run_command
 from ..modeling_mmar.configuration_mmar import shorten
-from ..modeling_mmar.frozen_parts_mmar import apply_umask
+from ..modeling_mmar.saving_mmar import apply_umask
 from ..processors.image_processing_mmar import read_rgb_image
 from ..training.emoji_rows import DEPENDS_ON
 from ..training.rows import open_cell

@@ -151,6 +151,7 @@ class MMARVQForConditionalGeneration(MMARForConditionalGeneration):
 
     config_class = MMARVQConfig
     vae_class = MMARVQModel
+    needed_vae_entries = ()
     remote_modules = ("modeling_vq_mmar",)
 
     def add_image_head(self) -> None:

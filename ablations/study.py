@@ -30,7 +30,7 @@ from ..evaluation.answers import MMARAnswerer
 from ..evaluation.emoji_styles import BATCH_SIZE, ask, chat_about, draw
 from ..files import check_folder
 from ..modeling_mmar.configuration_mmar import MMARConfig, shorten
-from ..modeling_mmar.frozen_parts_mmar import sha256_of
+from ..modeling_mmar.saving_mmar import sha256_of
 from ..pipelines.pipeline_mmar import MMARPipeline
 from ..training.emoji_rows import read_rows
 from .systems import system_config

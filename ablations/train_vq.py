@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from ..command import run_command
 from ..files import check_folder
-from ..modeling_mmar.frozen_parts_mmar import apply_umask
+from ..modeling_mmar.saving_mmar import apply_umask
 from ..training.checkpoints import check_weights
 from ..training.train_vae import gradient_loss, read_pictures, shift
 

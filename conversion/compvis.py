@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..modeling_mmar.configuration_mmar import shorten
-from ..modeling_mmar.frozen_parts_mmar import sha256_of
+from ..modeling_mmar.saving_mmar import sha256_of
 from .folders import new_folder
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import CONFIG_MAPPING
 
 from ..modeling_mmar.configuration_mmar import MMARConfig, shorten
-from ..modeling_mmar.frozen_parts_mmar import apply_umask
+from ..modeling_mmar.saving_mmar import apply_umask
 
 
 @contextlib.contextmanager

@@ -26,13 +26,12 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..modeling_mmar.configuration_mmar import MMARConfig, shorten, shorten_names
-from ..modeling_mmar.frozen_parts_mmar import PREFIXES, make_reference, open_weights, part_of, weights_files
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
+from ..modeling_mmar.saving_mmar import PREFIXES, make_reference, open_weights, part_of, weights_files
 from ..pipelines.pipeline_mmar import MMARPipeline
 from ..processors.image_processing_mmar import MMARImageProcessor
 from ..processors.processing_mmar import IMAGE_TOKEN, TURN_END, TURN_START, MMARProcessor
 from .folders import check_shard_size, new_folder, read_config
-from .hub_mmar import export_remote_code
 from .latent_moments import check_measured
 from .models import model_class_of
 
@@ -273,7 +272,7 @@ def init_from_qwen2(
     config.text_config.vocab_size += num_added_rows
     config.image_token_id = processor.image_token_id
     config.null_prompt_ids = list(processor.generation_inputs(None, return_tensors=None)["input_ids"][0])
-    config.frozen_weights = "referenced" if frozen == "reference" else "included"
+    config.frozen_weights = frozen
     config.validate_architecture()
 
     parts = {
@@ -309,7 +308,7 @@ def init_from_qwen2(
         model.generation_config.save_pretrained(folder)
         processor.save_pretrained(folder)
         MMARPipeline(model, processor, model.default_scheduler()).save_index(folder)
-        export_remote_code(folder, model.remote_modules)
+        model.save_code(folder)
         written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     counts = {
         name: sum(parameter.numel() for parameter in module.parameters())

@@ -20,12 +20,11 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..files import path_inside
 from ..modeling_mmar.configuration_mmar import shorten, shorten_names
-from ..modeling_mmar.frozen_parts_mmar import fetch_part, names_in_index, open_weights, weights_files
 from ..modeling_mmar.modeling_mmar import MMARAutoencoderKL
+from ..modeling_mmar.saving_mmar import fetch_part, open_weights, weights_files
 from ..processors.image_processing_mmar import FORMATS, MMARImageProcessor, read_image_file
 from .folders import read_config
 from .latent_moments import MIN_PICTURES, LatentMoments
@@ -159,11 +158,10 @@ def load_vae(folder: Path) -> tuple[AutoencoderKL, dict[str, Any]]:
         )
     of_model = read_config(folder)
     vae = AutoencoderKL(**of_model.vae_config)
-    if of_model.frozen_weights == "referenced" and "vae" in of_model.frozen_parts:
+    if of_model.frozen_weights == "reference" and "vae" in of_model.frozen_parts:
         files, prefix = fetch_part("vae", of_model.frozen_parts["vae"]), ""
     else:
-        index, prefix = folder / SAFE_WEIGHTS_INDEX_NAME, "vae."
-        files = [folder / name for name in (names_in_index(index) if index.is_file() else [SAFE_WEIGHTS_NAME])]
+        files, prefix = weights_files("model", folder), "vae."
     state = {}
     for name in files:
         with open_weights(name) as file:

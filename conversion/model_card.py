@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from ..modeling_mmar.configuration_mmar import shorten
-from .card_mmar import MMARCardFacts, count_parameters, make_model_card, read_evaluation, write_model_card
+from .card import MMARCardFacts, count_parameters, make_model_card, read_evaluation, write_model_card
 from .folders import read_config
 from .models import model_class_of
 

@@ -24,7 +24,7 @@ from transformers import set_seed
 
 from mmar import MMARForConditionalGeneration, MMARPipeline, MMARProcessor, MMARTrainer, MMARTrainingArguments
 from mmar.evaluation.emoji_styles import ask
-from mmar.modeling_mmar.frozen_parts_mmar import apply_umask
+from mmar.modeling_mmar.saving_mmar import apply_umask
 from mmar.training.checkpoints import last_whole_checkpoint, num_steps
 from mmar.training.collator import MMARDataCollator
 from mmar.training.latents import LatentCache, cache_latents

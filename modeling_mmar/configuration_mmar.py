@@ -2,6 +2,7 @@
 
 import math
 import reprlib
+import warnings
 from collections.abc import Iterable
 from copy import deepcopy
 from typing import Any
@@ -60,7 +61,11 @@ NEEDED_ENTRIES = {
 }
 
 FROZEN_PARTS = ("backbone", "vae")
-FROZEN_WEIGHTS = ("included", "referenced")
+# Trained, though inside the backbone: PLoRA's factors.
+TRAINED_SUFFIXES = (".image_A", ".image_B")
+# How a folder holds the weights of the frozen parts, and what earlier versions called it.
+FROZEN_WEIGHTS = ("include", "reference")
+OLD_FROZEN_WEIGHTS = {"included": "include", "referenced": "reference"}
 PREDICTION_TYPES = ("v_prediction", "epsilon")
 # Labels of tokens that carry no text loss; the index that torch's cross entropy ignores.
 IGNORE_INDEX = -100
@@ -189,8 +194,8 @@ class MMARConfig(PreTrainedConfig):
             hand, as in `generate(generation_mode="image")`. `MMARPipeline` fills them in.
         frozen_parts (`dict`, *optional*): Where the frozen parts come from: `"backbone"` and `"vae"`, each with
             `repo_id` and, for a repository, the commit as `revision`, for a local folder `sha256` of its files.
-        frozen_weights (`str`, *optional*, defaults to `"included"`): Whether the weights of these parts are
-            `"included"` in the folder, or only `"referenced"` there.
+        frozen_weights (`str`, *optional*, defaults to `"include"`): Whether the folder holds the weights of these
+            parts, or only the `"reference"` to them.
         tie_word_embeddings (`bool`, *optional*): Copied from `text_config`; no need to set it.
 
     Example:
@@ -225,7 +230,7 @@ class MMARConfig(PreTrainedConfig):
     image_generation: dict[str, Any] | None = None
     null_prompt_ids: list[int] | None = None
     frozen_parts: dict[str, Any] | None = None
-    frozen_weights: str = "included"
+    frozen_weights: str = "include"
     tie_word_embeddings: bool | None = None
 
     def __post_init__(self, **kwargs):
@@ -257,6 +262,8 @@ class MMARConfig(PreTrainedConfig):
                     f"`{name}` must stand in a stored config{entries} whose image would be another without; got "
                     f"{shorten(value)}. Copy config.json again, or complete it."
                 )
+        if (old := config_dict.get("frozen_weights")) in OLD_FROZEN_WEIGHTS:
+            config_dict = {**config_dict, "frozen_weights": OLD_FROZEN_WEIGHTS[old]}
         return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
@@ -339,12 +346,9 @@ class MMARConfig(PreTrainedConfig):
             )
         for part, reference in (self.frozen_parts or {}).items():
             _check_reference(part, reference)
-        if self.frozen_weights not in FROZEN_WEIGHTS:
-            raise ValueError(
-                f"`frozen_weights` must be one of {', '.join(FROZEN_WEIGHTS)}; got {shorten(self.frozen_weights)}."
-            )
-        if self.frozen_weights == "referenced" and not self.frozen_parts:
-            raise ValueError("`frozen_weights` is 'referenced', but `frozen_parts` names no part; name the parts.")
+        self.frozen_weights = current_frozen_weights(self.frozen_weights, "`frozen_weights`")
+        if self.frozen_weights == "reference" and not self.frozen_parts:
+            raise ValueError("`frozen_parts` must name the parts where `frozen_weights` is 'reference'; got none.")
         if self.plora_rank < 1:
             raise ValueError(f"`plora_rank` must be at least 1; got {self.plora_rank}.")
         if not 0 < self.plora_alpha < math.inf:
@@ -379,6 +383,17 @@ def _check_latent_scale(vae_config: dict[str, Any]) -> None:
                 f"`vae_config[{name!r}]` must be {num_channels} {kind}, one per channel, where latents are scaled by "
                 f"channel; got {shorten(values)}. Measure the scale again, or copy the VAE's config."
             )
+
+
+def current_frozen_weights(value: Any, name: str) -> str:
+    """One of `FROZEN_WEIGHTS`; earlier names warn, and a `ValueError` says what else `name` is."""
+    if isinstance(value, str) and value in OLD_FROZEN_WEIGHTS:
+        new = OLD_FROZEN_WEIGHTS[value]
+        warnings.warn(f"{name} {value!r} is now called {new!r}; the old name goes.", FutureWarning, stacklevel=3)
+        return new
+    if not isinstance(value, str) or value not in FROZEN_WEIGHTS:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, FROZEN_WEIGHTS))}; got {shorten(value)}.")
+    return value
 
 
 def shorten(value: Any, max_length: int | None = None) -> str:

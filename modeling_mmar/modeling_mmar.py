@@ -1,42 +1,29 @@
 """MMAR: one model for text from images and images from text (arXiv 2410.10798)."""
 
-import contextlib
 import inspect
-import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import CommitInfo, ModelCard
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from transformers.utils import (
-    CONFIG_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
     ModelOutput,
-    find_adapter_config_file,
-    is_peft_available,
     is_tracing,
 )
 
-from ..conversion.card_mmar import card_for, count_parameters, make_model_card
-from ..conversion.hub_mmar import export_remote_code
-from ..conversion.push_mmar import push_folder
 from .checks_mmar import check_forward, check_image_tokens, check_latents, check_one_of, check_pixel_values
-from .configuration_mmar import IGNORE_INDEX, MMARConfig, shorten, shorten_names
+from .configuration_mmar import IGNORE_INDEX, TRAINED_SUFFIXES, MMARConfig, shorten
 from .diffusion_mmar import (
     TIMESTEP_INITIAL_STD,
     MMARDiffusionLinear,
@@ -46,17 +33,6 @@ from .diffusion_mmar import (
 )
 from .embedding_vit_mmar import MMAREmbeddingViT, MMARLatentEncoder, MMARViTLinear
 from .fast_generation_mmar import MMARFastGenerationMixin
-from .frozen_parts_mmar import (
-    DOWNLOAD_ARGUMENTS,
-    KEY_MAPPING,
-    apply_umask,
-    check_unchanged,
-    complete_references,
-    is_local_reference,
-    joined_folder,
-    names_in_index,
-    part_of,
-)
 from .masking_mmar import (
     BatchCounts,
     cached_position_ids,
@@ -69,11 +45,7 @@ from .masking_mmar import (
 from .plora_mmar import MMARQwen2Model
 from .prefix_mmar import num_prefix_tokens
 from .quantization_mmar import for_backbone_only, plora_aware_quantizers
-
-
-# As transformers takes it: what `torch.compile(part)`, put in the place of a part, adds to its weights' names. Each
-# entry removes one, and compiled parts may stand in compiled ones.
-COMPILED = {r"_orig_mod\.": "", r"_orig_mod[.]": ""}
+from .saving_mmar import MMARSavingMixin, apply_umask
 
 
 @dataclass
@@ -154,6 +126,13 @@ class MMARPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = False
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = for_backbone_only(kwargs["quantization_config"])
+        with plora_aware_quantizers():
+            return super().from_pretrained(*args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -388,7 +367,7 @@ class MMARModel(MMARPreTrainedModel):
         return shared_position_ids(image_token_mask, self.config.num_latents, padding_mask) + start
 
 
-class MMARForConditionalGeneration(MMARPreTrainedModel, MMARFastGenerationMixin, GenerationMixin):
+class MMARForConditionalGeneration(MMARSavingMixin, MMARPreTrainedModel, MMARFastGenerationMixin, GenerationMixin):
     r"""
     MMAR with its heads: text through the `lm_head`, pictures through the Diffusion MLP and the frozen VAE.
 
@@ -414,8 +393,6 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARFastGenerationMixin,
     # What a subclass replaces: all up to the heads, and what makes latents of pictures and pictures of latents.
     model_class = MMARModel
     vae_class = MMARAutoencoderKL
-    # Modules of a subclass, to be exported beside MMAR's own.
-    remote_modules: tuple[str, ...] = ()
 
     def __init__(self, config: MMARConfig):
         super().__init__(config)
@@ -478,271 +455,6 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARFastGenerationMixin,
             num_tokens,
         )
 
-    # ------------------------------------------------------------------------------------------- loading and saving
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike | None,
-        *args,
-        output_loading_info: bool = False,
-        **kwargs,
-    ):
-        r"""
-        Loads a model, or an adapter of peft on the model that it names; see `PreTrainedModel.from_pretrained`. Frozen
-        parts that the model keeps by reference are fetched and joined.
-
-        Raises:
-            ValueError: If weights are missing: a file of a local folder, a part that is named by reference, or tensors
-                in the files. Only what a subclass adds to the class that was saved is initialized at random.
-        """
-        path = pretrained_model_name_or_path
-        if path is not None and is_peft_available():
-            path, kwargs = _base_of_adapter(path, kwargs)
-        if path is not None:
-            _check_weights_files(Path(path, kwargs.get("subfolder") or ""), kwargs.get("variant"))
-        if kwargs.get("quantization_config") is not None:
-            kwargs["quantization_config"] = for_backbone_only(kwargs["quantization_config"])
-        kwargs["key_mapping"] = {**COMPILED, **(kwargs.get("key_mapping") or {})}
-        download = {name: kwargs[name] for name in DOWNLOAD_ARGUMENTS if name in kwargs}
-        place = {name: kwargs[name] for name in ("revision", "subfolder") if kwargs.get(name) is not None}
-        config = kwargs.get("config")
-        if path is not None and not isinstance(config, PreTrainedConfig):
-            config = cls.config_class.from_pretrained(path if config is None else config, **place, **download)
-        is_kl = issubclass(cls.vae_class, AutoencoderKL)
-        if path is not None and is_kl and "scaling_factor" not in config.vae_config:
-            raise ValueError(
-                f"`vae_config` must hold `scaling_factor`; it is missing in {shorten(str(path))}, and diffusers' "
-                "default would give another image. Copy config.json again."
-            )
-        if config is not None and config.frozen_weights == "referenced" and path is not None:
-            if kwargs.get("variant"):
-                raise ValueError(f"a model with parts by reference has no variants; got {shorten(kwargs['variant'])}.")
-            kwargs = {name: value for name, value in kwargs.items() if name not in place}
-            kwargs["key_mapping"] |= KEY_MAPPING
-            with joined_folder(path, config.frozen_parts, **place, **download) as joined, plora_aware_quantizers():
-                model, info = super().from_pretrained(joined, *args, output_loading_info=True, **kwargs)
-            model.config.name_or_path = model.name_or_path = str(path)
-        else:
-            with plora_aware_quantizers():
-                model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
-        if missing := cls._missing_in_error(model.config, info["missing_keys"]):
-            raise ValueError(
-                f"expected all weights of the model in {shorten(str(pretrained_model_name_or_path))}; {len(missing)} "
-                f"are missing, among them {shorten_names(missing[:3])}. Check that the config belongs to these "
-                f"weights "
-                "and that they were written whole."
-            )
-        model._download_arguments = download
-        # Loading makes new parameters, which are trainable.
-        model.freeze()
-        return (model, info) if output_loading_info else model
-
-    @classmethod
-    def _missing_in_error(cls, config: MMARConfig, missing_keys: set[str]) -> list[str]:
-        """The missing weights that a checkpoint should hold: those of the class in `config.architectures`."""
-        saved = [parent for parent in cls.__mro__ if parent.__name__ in (config.architectures or ())][:1]
-        if missing_keys and saved and saved != [cls]:
-            with torch.device("meta"):
-                missing_keys = missing_keys & saved[0](config).state_dict().keys()
-        return sorted(missing_keys)
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        push_to_hub: bool = False,
-        max_shard_size: int | str = "50GB",
-        frozen: str | None = None,
-        **kwargs,
-    ) -> None:
-        r"""
-        Writes config.json, generation_config.json, the weights and MMAR's code; see `PreTrainedModel.save_pretrained`.
-
-        Args:
-            save_directory (`str` or `os.PathLike`): Folder, made if it does not exist.
-            is_main_process (`bool`, *optional*, defaults to `True`): In distributed training, whether this process
-                writes.
-            push_to_hub (`bool`, *optional*, defaults to `False`): Also upload, to `repo_id` or a repository of the
-                folder's name.
-            max_shard_size (`int` or `str`, *optional*, defaults to `"50GB"`): Largest weights file.
-            frozen (`str`, *optional*): `"include"` writes all weights; `"reference"` only those that were trained, and
-                where the others come from, as `config.frozen_parts` has it. By default as the model was loaded.
-            **kwargs: Other arguments of `PreTrainedModel.save_pretrained`; `repo_id`, `commit_message`, `private`,
-                `token` and `create_pr` of `push_to_hub`.
-
-        Raises:
-            ValueError: For `frozen="reference"` if `config.frozen_parts` names no part, or a part has changed since.
-        """
-        hub_names = ("commit_message", "private", "token", "create_pr", "revision")
-        hub_kwargs = {name: kwargs.pop(name) for name in hub_names if name in kwargs}
-        repo_id = kwargs.pop("repo_id", Path(save_directory).name)
-        # MMAR has one format; converting "back" would only reorder the weights of a model that was loaded.
-        kwargs.setdefault("save_original_format", False)
-        if is_main_process and os.path.isfile(save_directory):
-            raise ValueError(f"expected a folder to save to; {shorten(str(save_directory))} is a file. Name another.")
-        weights = [Path(save_directory) / name for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
-        before = [path.stat() if path.is_file() else None for path in weights]
-        with self._frozen_as(frozen):
-            for part, reference in (self.config.frozen_parts or {}).items():
-                if Path(reference["repo_id"]).resolve() == Path(save_directory).resolve():
-                    raise ValueError(
-                        f"expected another folder than {shorten(str(save_directory))}, which `config.frozen_parts` "
-                        f"names as the {part}: it would be overwritten."
-                    )
-            if self.config.frozen_weights == "referenced":
-                kwargs["state_dict"] = self._trained_state(kwargs.get("state_dict"), is_main_process)
-            super().save_pretrained(
-                save_directory, is_main_process=is_main_process, max_shard_size=max_shard_size, **kwargs
-            )
-        if is_main_process:
-            # One file or shards: what an earlier save left of the other kind would win over what was written now.
-            written = [path.is_file() and path.stat() != old for path, old in zip(weights, before, strict=True)]
-            for path, is_new in zip(weights, written, strict=True):
-                if any(written) and not is_new:
-                    path.unlink(missing_ok=True)
-            export_remote_code(save_directory, self.remote_modules)
-            if push_to_hub:
-                self.push_to_hub(repo_id, max_shard_size=max_shard_size, frozen=frozen, **hub_kwargs)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        max_shard_size: int | str = "50GB",
-        frozen: str | None = None,
-        commit_message: str = "Upload MMARForConditionalGeneration",
-        tags: list[str] | str | None = None,
-        **kwargs,
-    ) -> CommitInfo:
-        r"""
-        Uploads what `save_pretrained` writes, and a model card where the repository has none. `MMARPipeline` uploads
-        the whole folder, with the processor.
-
-        Args:
-            repo_id (`str`): Repository, made if it does not exist.
-            max_shard_size (`int` or `str`, *optional*, defaults to `"50GB"`): Largest weights file.
-            frozen (`str`, *optional*): `"include"` or `"reference"`; see `save_pretrained`.
-            commit_message (`str`, *optional*): Title of the commit.
-            tags (`list[str]`, *optional*): For the new card.
-            **kwargs: `commit_description`, `private`, `token`, `revision` (a branch) and `create_pr`.
-
-        Returns:
-            `huggingface_hub.CommitInfo`
-
-        Raises:
-            ValueError: If there is no token that may write, the upload broke, or a part is kept by reference to a
-                local folder, which others do not have.
-        """
-        return self.upload(
-            lambda folder: self.save_pretrained(folder, max_shard_size=max_shard_size),
-            repo_id,
-            frozen=frozen,
-            tags=[tags] if isinstance(tags, str) else tags,
-            has_processor=False,
-            commit_message=commit_message,
-            **kwargs,
-        )
-
-    def upload(
-        self,
-        write: Callable[[Path], Any],
-        repo_id: str,
-        frozen: str | None = None,
-        tags: list[str] | None = None,
-        has_processor: bool = True,
-        **kwargs,
-    ) -> CommitInfo:
-        """Uploads what `write` puts into a folder, this model among it; see `push_to_hub`."""
-        with self._frozen_as(frozen):
-            self._check_shareable()
-            parts = self.config.frozen_parts
-            try:
-                # Where a part lay on this machine is nobody's business.
-                shared = {part: entry for part, entry in (parts or {}).items() if not is_local_reference(entry)}
-                self.config.frozen_parts = shared or None
-                return push_folder(write, repo_id, lambda name: self.model_card(name, tags, has_processor), **kwargs)
-            finally:
-                self.config.frozen_parts = parts
-
-    def model_card(self, repo_id: str, tags: list[str] | None = None, has_processor: bool = True) -> ModelCard:
-        """
-        The card of the folder that the model was loaded from, with its notices, for another repository; without one, a
-        card of what the model itself tells. `python -m mmar.conversion.model_card` makes a fuller one.
-        """
-        readme = Path(self.name_or_path) / "README.md"
-        if self.name_or_path and readme.is_file():
-            card = card_for(ModelCard.load(readme), repo_id)
-        else:
-            counts = count_parameters(self)
-            card = make_model_card(self.config, repo_id, num_parameters=counts, has_processor=has_processor)
-        card.data.tags = list(card.data.tags or [])
-        card.data.tags += [tag for tag in tags or [] if tag not in card.data.tags]
-        return card
-
-    def _check_shareable(self) -> None:
-        """Raises a `ValueError` if the model, as it would be saved, needs a local folder."""
-        if self.config.frozen_weights == "referenced":
-            for part, reference in self.config.frozen_parts.items():
-                if is_local_reference(reference):
-                    raise ValueError(
-                        f"expected the {part} in a repository that others can read; "
-                        f"`config.frozen_parts[{shorten(part)}]` is the local folder {shorten(reference['repo_id'])}. "
-                        "Upload it and name it, or push with `frozen='include'`."
-                    )
-
-    def gather_sharded_state_dict_for_save(self, *args, **kwargs) -> dict[str, Tensor]:
-        """As transformers', without the second name of tied weights, which gathering makes two of."""
-        state = super().gather_sharded_state_dict_for_save(*args, **kwargs)
-        if self.lm_head.weight is self.get_input_embeddings().weight:
-            state = {name: value for name, value in state.items() if name not in self._tied_weights_keys}
-        return state
-
-    @contextlib.contextmanager
-    def _frozen_as(self, frozen: str | None) -> Iterator[None]:
-        """Has the config say, while it is written, whether the frozen weights are beside it."""
-        ways = {"include": "included", "reference": "referenced"}
-        if frozen is not None and (not isinstance(frozen, str) or frozen not in ways):
-            raise ValueError(f"`frozen` must be 'include' or 'reference'; got {shorten(frozen)}.")
-        before, parts = self.config.frozen_weights, self.config.frozen_parts
-        frozen_weights = before if frozen is None else ways[frozen]
-        if frozen_weights == "referenced" and not self.config.frozen_parts:
-            raise ValueError(
-                "`frozen='reference'` needs `config.frozen_parts`, where the backbone and the VAE come from, such as "
-                "{'backbone': {'repo_id': 'Qwen/Qwen2-7B-Instruct', 'revision': '<commit>'}}; set it."
-            )
-        self.config.frozen_weights = frozen_weights
-        try:
-            if parts:
-                # They may have been set by hand since the config was made.
-                self.config.validate_architecture()
-            if frozen_weights == "referenced":
-                self.config.frozen_parts = complete_references(parts)
-            yield
-        finally:
-            self.config.frozen_weights, self.config.frozen_parts = before, parts
-
-    def _trained_state(self, state: dict[str, Tensor] | None, is_main_process: bool) -> dict[str, Tensor]:
-        """The weights that no reference gives, once those that are left out are known to be what it names."""
-        if getattr(self, "hf_quantizer", None) is not None:
-            raise ValueError(
-                "a quantized model cannot be saved by reference, its backbone is not the one that the reference "
-                "names; save PLoRA with `mmar.conversion.plora_peft`, or the model with `frozen='include'`."
-            )
-        state = self.state_dict() if state is None else state
-        parts = self.config.frozen_parts
-        if self.config.tie_word_embeddings:
-            state = {name: value for name, value in state.items() if name not in self._tied_weights_keys}
-        if is_main_process:
-            check_unchanged(state, parts, **getattr(self, "_download_arguments", {}))
-        trained = {name: value for name, value in state.items() if part_of(name, parts) is None}
-        if is_main_process and not trained:
-            raise ValueError(
-                f"expected the trained weights in `state_dict`; got {len(state)} tensors, none of them trained. Leave "
-                "`state_dict` out to save the model's own."
-            )
-        return trained
-
     def freeze(self, train_backbone: bool = False) -> None:
         r"""
         Freezes the VAE and Qwen2, and makes the rest trainable (Sec. 3.3.2).
@@ -766,7 +478,7 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARFastGenerationMixin,
         if not train_backbone:
             for name, parameter in self.named_parameters():
                 is_backbone = name.startswith(("model.language_model.", "lm_head."))
-                if is_backbone and not name.endswith((".image_A", ".image_B")):
+                if is_backbone and not name.endswith(TRAINED_SUFFIXES):
                     parameter.requires_grad_(False)
 
     def train(self, mode: bool = True):
@@ -1322,65 +1034,6 @@ class MMARForConditionalGeneration(MMARPreTrainedModel, MMARFastGenerationMixin,
 
 def _is_empty(value: Any) -> bool:
     return isinstance(value, Tensor) and value.shape[:1] == (0,)
-
-
-def _base_of_adapter(path: str | os.PathLike, kwargs: dict[str, Any]) -> tuple[str | os.PathLike, dict[str, Any]]:
-    """Of an adapter's folder or repository the model that it names, and the arguments that load the adapter on it."""
-    adapter_kwargs = dict(kwargs.get("adapter_kwargs") or {})
-    if "_adapter_model_path" in adapter_kwargs:
-        return path, kwargs  # an auto class has been here
-    where = {name: kwargs[name] for name in (*DOWNLOAD_ARGUMENTS, "revision", "subfolder") if name in kwargs}
-    file = find_adapter_config_file(path, **{**where, **adapter_kwargs})
-    if file is None or os.path.isfile(os.path.join(path, CONFIG_NAME)):
-        return path, kwargs
-    base = json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise ValueError(
-            f"`base_model_name_or_path` in {shorten(str(file))} must name the adapter's model; got none. Load the "
-            "model, and the adapter with `load_adapter`."
-        )
-    adapter_kwargs |= {name: kwargs[name] for name in ("revision", "subfolder", "token") if name in kwargs}
-    adapter_kwargs["_adapter_model_path"] = path
-    kwargs = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
-    return base, {**kwargs, "adapter_kwargs": adapter_kwargs}
-
-
-def _check_weights_files(folder: Path, variant: str | None = None) -> None:
-    """
-    Raises a `ValueError` if a local folder lacks its config or weights files, or one was not written or copied whole;
-    what is not a local folder is none of its business.
-    """
-    if not folder.is_dir():
-        return
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"expected config.json in {shorten(str(folder))}; it is missing. Name the folder that `save_pretrained` "
-            "wrote, or copy it whole."
-        )
-    if variant is not None:
-        # Others may be loaded in its place; transformers says what is missing.
-        for index in folder.glob(SAFE_WEIGHTS_INDEX_NAME.replace(".json", "*.json")):
-            names_in_index(index)
-        return
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if index.is_file() and not (folder / SAFE_WEIGHTS_NAME).is_file():
-        expected = names_in_index(index)
-    else:
-        expected = [SAFE_WEIGHTS_NAME]
-    if missing := [name for name in expected if not (folder / name).is_file()]:
-        raise ValueError(
-            f"expected the weights files {', '.join(expected)} in {shorten(str(folder))}; {', '.join(missing)} "
-            "missing. Copy the folder whole, or save the model again."
-        )
-    for name in expected:
-        try:
-            with safe_open(folder / name, framework="pt"):
-                pass  # reads the header, and compares it with the file's size
-        except SafetensorError as error:
-            raise ValueError(
-                f"expected whole safetensors in {shorten(str(folder / name))}; got a broken or truncated file "
-                f"({shorten(error)}). Copy or download it again."
-            ) from error
 
 
 __all__ = [

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 from transformers.cache_utils import Cache
 
-from .frozen_parts_mmar import TRAINED_SUFFIXES
+from .configuration_mmar import TRAINED_SUFFIXES
 
 
 # A prefix of a smaller share of the columns is left as it is: splitting each layer in two costs about as much as it

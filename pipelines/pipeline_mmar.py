@@ -1,18 +1,15 @@
 """MMAR as a pipeline of diffusers: pictures from text."""
 
-import json
 import numbers
 import os
 import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
-from diffusers import __version__ as diffusers_version
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
 from huggingface_hub import CommitInfo
@@ -22,8 +19,6 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig,
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-# model_index.json names this file and not ours; why, says hub_mmar.py.
-ENTRY_MODULE = "diffusers_mmar"
 
 
 @dataclass
@@ -420,20 +415,11 @@ class MMARPipeline(DiffusionPipeline):
         Raises:
             ValueError: If weights are asked for in another format or as a variant.
         """
-        if not safe_serialization or variant is not None:
-            raise ValueError(
-                "MMAR is saved as safetensors and without variants, so that all doors find its weights; got "
-                f"`safe_serialization={safe_serialization}`, `variant={reprlib.repr(variant)}`. For half "
-                "precision call "
-                "`pipe.to(torch.bfloat16)` first."
-            )
-        folder = Path(save_directory)
+        _check_format(safe_serialization, variant)
         shard_size = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
-        self.model.save_pretrained(folder, frozen=frozen, **shard_size)
-        self.processor.save_pretrained(folder)
-        self.save_index(folder)
+        self.model.save_folder(save_directory, self, frozen=frozen, **shard_size)
         if push_to_hub:
-            repo_id = kwargs.pop("repo_id", folder.name)
+            repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
             self.push_to_hub(repo_id, max_shard_size=max_shard_size, frozen=frozen, **kwargs)
 
     def push_to_hub(
@@ -465,34 +451,15 @@ class MMARPipeline(DiffusionPipeline):
             ValueError: If there is no token that may write, the upload broke, or a part is kept by reference to a
                 local folder, which others do not have.
         """
-        return self.model.upload(
-            lambda folder: self.save_pretrained(folder, safe_serialization, variant, max_shard_size=max_shard_size),
-            repo_id,
-            frozen=frozen,
-            commit_message=commit_message,
-            **kwargs,
+        _check_format(safe_serialization, variant)
+        shard_size = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+        return self.model.push_to_hub(
+            repo_id, pipeline=self, frozen=frozen, commit_message=commit_message, **shard_size, **kwargs
         )
 
     def save_index(self, folder: str | os.PathLike) -> None:
-        r"""
-        Writes what a folder of the model and the processor lacks to open as a pipeline: model_index.json, scheduler.
-
-        Args:
-            folder (`str` or `os.PathLike`): Folder of the saved model; exists.
-        """
-        folder = Path(folder)
-        # A model wrapped by `torch.compile` is saved as itself.
-        model = getattr(self.model, "_orig_mod", self.model)
-        self.scheduler.save_pretrained(folder / "scheduler")
-        model_index = {
-            "_class_name": [ENTRY_MODULE, type(self).__name__],
-            "_diffusers_version": diffusers_version,
-            "model": ["transformers", type(model).__name__],
-            "processor": ["transformers", type(self.processor).__name__],
-            "scheduler": ["diffusers", type(self.scheduler).__name__],
-        }
-        text = json.dumps(model_index, indent=2) + "\n"
-        (folder / self.config_name).write_text(text, encoding="utf-8", newline="\n")
+        """Writes what diffusers needs to open a folder of the model and the processor: model_index.json, scheduler."""
+        self.model.save_index(folder, self)
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
@@ -510,6 +477,15 @@ class MMARPipeline(DiffusionPipeline):
             if name in init_dict:
                 init_dict[name] = [loader.__module__, loader.__name__]
         return init_dict, unused_kwargs, hidden_config_dict
+
+
+def _check_format(safe_serialization: bool, variant: str | None) -> None:
+    """Raises a `ValueError` if weights are asked for in another format or as a variant."""
+    if not safe_serialization or variant is not None:
+        raise ValueError(
+            "`safe_serialization` must be True and `variant` None, so that all doors find the weights; got "
+            f"{safe_serialization} and {reprlib.repr(variant)}. For half precision call `pipe.to(torch.bfloat16)`."
+        )
 
 
 __all__ = ["MMARPipeline", "MMARPipelineOutput"]

@@ -128,8 +128,7 @@ class MMARTextToImagePipeline(Pipeline):
             save_directory (`str` or `os.PathLike`): Folder, made if it does not exist.
             **kwargs: Arguments of the model's `save_pretrained`.
         """
-        self.model.save_pretrained(save_directory, **kwargs)
-        self.processor.save_pretrained(save_directory)
+        self.model.save_folder(save_directory, self, **kwargs)
 
 
 __all__ = ["MMARTextToImagePipeline"]

@@ -16,8 +16,8 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils.chat_template_utils import mark_control_tokens
 
-from ..conversion.push_mmar import push_folder
 from ..modeling_mmar.configuration_mmar import IGNORE_INDEX, shorten
+from ..modeling_mmar.saving_mmar import pushing
 from .image_processing_mmar import MMARImageProcessor, MMARImageProcessorKwargs
 
 
@@ -702,7 +702,9 @@ class MMARProcessor(ProcessorMixin):
         Raises:
             ValueError: If there is no token that may write, the Hub cannot be reached, or the upload broke.
         """
-        return push_folder(self.save_pretrained, repo_id, commit_message=commit_message, **kwargs)
+        with pushing(repo_id, commit_message=commit_message, **kwargs) as push:
+            self.save_pretrained(push.folder)
+        return push.commit
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs) -> list:

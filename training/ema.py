@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..modeling_mmar.frozen_parts_mmar import apply_umask
+from ..modeling_mmar.saving_mmar import apply_umask
 
 
 EMA_FILE = "ema.safetensors"

@@ -35,8 +35,8 @@ from ..command import run_command
 from ..conversion.latent_moments import LatentMoments
 from ..files import check_folder
 from ..modeling_mmar.configuration_mmar import MMARConfig
-from ..modeling_mmar.frozen_parts_mmar import apply_umask
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
+from ..modeling_mmar.saving_mmar import apply_umask
 from .checkpoints import check_weights
 from .rows import open_cell
 from .views import distort, restyle

@@ -30,10 +30,9 @@ from transformers.integrations import (
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, PredictionOutput, SaveStrategy
 
-from ..conversion.hub_mmar import export_remote_code
 from ..modeling_mmar.configuration_mmar import IGNORE_INDEX, shorten
-from ..modeling_mmar.frozen_parts_mmar import apply_umask
 from ..modeling_mmar.modeling_mmar import MMARPreTrainedModel
+from ..modeling_mmar.saving_mmar import apply_umask
 from ..pipelines.pipeline_mmar import MMARPipeline
 from ..processors.processing_mmar import TASKS, MMARProcessor
 from .checkpoints import check_weights, claimed, fault, finish, last_whole_checkpoint, num_steps, rotate, saving_folder
@@ -293,7 +292,7 @@ class MMARTrainer(Trainer):
         is_adapted = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
         if is_adapted and args.train_backbone:
             raise ValueError("`train_backbone` must be false for a model with peft's adapters; they are what learns.")
-        if args.train_backbone and model.config.frozen_weights == "referenced":
+        if args.train_backbone and model.config.frozen_weights == "reference":
             raise ValueError(
                 "`train_backbone` needs a model that holds its backbone; this one keeps it by reference. Save it with "
                 "`frozen='include'` and train that."
@@ -780,7 +779,7 @@ class MMARTrainer(Trainer):
         self._finish_current_push()
         if self._pipeline is not None and not self._is_adapted:
             # transformers adds weights, configs and processor.
-            export_remote_code(self.args.output_dir, self._pipeline.model.remote_modules)
+            self._pipeline.model.save_code(self.args.output_dir)
             self._pipeline.save_index(self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)
         if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):

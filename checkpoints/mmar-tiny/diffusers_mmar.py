@@ -1,4 +1,4 @@
-"""What diffusers opens first; written by hub_mmar.py."""
+"""What diffusers opens first; written by saving_mmar.py."""
 
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
@@ -8,15 +8,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     # diffusers copies the files named here and no others.
-    from .card_mmar import *  # noqa: F403
     from .checks_mmar import *  # noqa: F403
     from .configuration_mmar import *  # noqa: F403
     from .diffusion_mmar import *  # noqa: F403
     from .embedding_vit_mmar import *  # noqa: F403
     from .fast_generation_mmar import *  # noqa: F403
-    from .frozen_parts_mmar import *  # noqa: F403
     from .generation_mmar import *  # noqa: F403
-    from .hub_mmar import *  # noqa: F403
     from .image_processing_mmar import *  # noqa: F403
     from .masking_mmar import *  # noqa: F403
     from .modeling_mmar import *  # noqa: F403
@@ -25,8 +22,8 @@ if TYPE_CHECKING:
     from .plora_mmar import *  # noqa: F403
     from .prefix_mmar import *  # noqa: F403
     from .processing_mmar import *  # noqa: F403
-    from .push_mmar import *  # noqa: F403
     from .quantization_mmar import *  # noqa: F403
+    from .saving_mmar import *  # noqa: F403
     from .text_to_image_mmar import *  # noqa: F403
 
 

@@ -21,8 +21,7 @@ from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .configuration_mmar import shorten
-from .frozen_parts_mmar import TRAINED_SUFFIXES
+from .configuration_mmar import TRAINED_SUFFIXES, shorten
 from .plora_mmar import PLoRALinear
 
 

@@ -10,11 +10,11 @@ from fresh import run_fresh
 from huggingface_hub import ModelCard
 
 from mmar import MMARConfig, MMARForConditionalGeneration, MMARPipeline
-from mmar.conversion.card_mmar import count_parameters
-from mmar.conversion.hub_mmar import export_remote_code
+from mmar.conversion.card import count_parameters
 from mmar.conversion.models import open_pipeline
 from mmar.evaluation.answers import MMARAnswerer
 from mmar.evaluation.emoji_styles import score_captions
+from mmar.modeling_mmar.saving_mmar import export_remote_code
 from mmar.training.emoji_rows import read_rows
 
 

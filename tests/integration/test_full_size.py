@@ -68,7 +68,7 @@ result = measured()
         parts / "home",
     )
     config = json.loads((parts / "own" / "config.json").read_text())
-    assert config["frozen_weights"] == "referenced" and set(config["frozen_parts"]) == {"backbone", "vae"}
+    assert config["frozen_weights"] == "reference" and set(config["frozen_parts"]) == {"backbone", "vae"}
     own = sum(file.stat().st_size for file in (parts / "own").glob("*.safetensors"))
     whole = sum(file.stat().st_size for file in (parts / "whole").glob("*.safetensors"))
     assert whole - own == pytest.approx(frozen, rel=0.01)

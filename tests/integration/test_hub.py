@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 from conftest import REPO, SHARDED_REPO
 from fresh import run_fresh
+from helpers import tiny_config
 from hub_server import LFS_SUFFIXES, Hub, serve
 from huggingface_hub import ModelCard
+
+from mmar.conversion.card import make_model_card
 
 
 TOKEN = "hf_of_the_tests"
@@ -196,10 +199,12 @@ result = raised(lambda: pipe.push_to_hub("me/broken", max_shard_size="200KB"))
 
 
 @pytest.mark.parametrize("installed", [True, False], ids=["installed", "remote code"])
-def test_each_example_of_the_card_runs(pushed, hub, url, tmp_path, installed):
-    card = ModelCard(hub.repos["me/pipe.v1"].commits[pushed[0]]["README.md"].decode())
-    blocks = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
-    assert len(blocks) == 5
+def test_each_example_of_the_cards_runs(pushed, hub, url, tmp_path, installed):
+    """Of a complete card; the short one has some of them."""
+    short = ModelCard(hub.repos["me/pipe.v1"].commits[pushed[0]]["README.md"].decode())
+    complete = make_model_card(tiny_config(), "me/pipe.v1")
+    some, blocks = (re.findall(r"```python\n(.*?)```", card.text, re.DOTALL) for card in (short, complete))
+    assert len(blocks) == 5 and some and set(some) <= set(blocks)
     chosen = [block for block in blocks if ("from mmar import" in block) == installed]
     assert chosen
     # The answer of a random model would be as long as its positions allow.
@@ -234,7 +239,7 @@ def test_card_of_the_folder_goes_along(hub, url, home, hub_root):
         f"""
 import pathlib
 from mmar import MMARPipeline
-from mmar.conversion.card_mmar import MMARCardFacts, make_model_card, write_model_card
+from mmar.conversion.card import MMARCardFacts, make_model_card, write_model_card
 pipe = MMARPipeline.from_pretrained({str(hub_root / REPO)!r})
 pipe.save_pretrained("with_card")
 facts = MMARCardFacts(license="cc-by-sa-4.0", license_notice="Keep this.", prompt='a "red" square')

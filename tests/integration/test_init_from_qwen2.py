@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer, Qwen2ForCausalLM
 
-from mmar import MMARForConditionalGeneration, MMARPipeline, MMARProcessor
+from mmar import MMARConfig, MMARForConditionalGeneration, MMARPipeline, MMARProcessor
 from mmar.ablations.systems import CONFIG_CLASSES, system_config
 from mmar.conversion.init_from_qwen2 import init_from_qwen2, load_preset
 
@@ -154,7 +154,7 @@ def test_image_token_lies_inside_the_embedding(folders, tmp_path):
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
         assert file.get_slice("model.language_model.embed_tokens.weight").get_shape()[0] == 320
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["null_prompt_ids"] and config["frozen_weights"] == "included"
+    assert config["null_prompt_ids"] and config["frozen_weights"] == "include"
 
 
 def draw_and_describe(folder):
@@ -236,7 +236,7 @@ def test_a_row_is_added_where_none_is_free(folders, tmp_path, tied, shards):
     assert float(logits.softmax(-1)[..., -1].max()) <= 1 / num_tokens
     pipe.save_pretrained(tmp_path / "again", max_shard_size=shards)
     assert files_of(tmp_path / "again") == files_of(tmp_path / "out")
-    with pytest.raises(ValueError, match='frozen="include"'):
+    with pytest.raises(ValueError, match="`frozen='reference'`"):
         pipe.save_pretrained(tmp_path / "referenced", frozen="reference")
     with pytest.raises(ValueError, match="`add_rows`"):
         init(folders, tmp_path / "referenced", **options, frozen="reference")
@@ -356,11 +356,33 @@ def test_reference_saves_again_as_it_was_and_whole_when_asked(referenced, folder
     assert files_of(tmp_path / "back") == files_of(referenced)
 
 
+@pytest.mark.parametrize(("old", "new"), [("included", "include"), ("referenced", "reference")])
+def test_a_folder_with_the_earlier_spelling_opens(referenced, tmp_path, recwarn, old, new):
+    model = MMARForConditionalGeneration.from_pretrained(referenced)
+    model.save_pretrained(tmp_path / "old", frozen=new)
+    config = json.loads((tmp_path / "old" / "config.json").read_text())
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config | {"frozen_weights": old}))
+    opened = MMARForConditionalGeneration.from_pretrained(tmp_path / "old")
+    assert opened.config.frozen_weights == new
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in opened.state_dict().items())
+    opened.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text()) == config
+    assert not [warning for warning in recwarn if warning.category is FutureWarning]
+
+
+def test_the_earlier_spelling_warns_where_it_is_typed(referenced, tmp_path):
+    model = MMARForConditionalGeneration.from_pretrained(referenced)
+    with pytest.warns(FutureWarning, match="`frozen`"):
+        model.save_pretrained(tmp_path, frozen="referenced")
+    with pytest.warns(FutureWarning, match="`frozen_weights`"):
+        assert MMARConfig(frozen_weights="included").frozen_weights == "include"
+
+
 def test_nothing_trained_is_left_out(referenced, tmp_path):
     model = MMARForConditionalGeneration.from_pretrained(referenced)
     with torch.no_grad():
         model.model.language_model.layers[1].mlp.up_proj.weight[0, 0] += 1
-    with pytest.raises(ValueError, match="up_proj"):
+    with pytest.raises(ValueError, match="`frozen='reference'`.*layers.1.mlp.up_proj.weight"):
         model.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out" / "model.safetensors").exists()
     model.save_pretrained(tmp_path / "out", frozen="include")
@@ -375,7 +397,7 @@ def test_a_part_is_not_overwritten(folders, tmp_path):
     before = files_of(tmp_path / "qwen2")
     model = MMARForConditionalGeneration.from_pretrained(tmp_path / "mmar")
     for frozen in ("reference", "include"):
-        with pytest.raises(ValueError, match="backbone"):
+        with pytest.raises(ValueError, match="`save_directory`.*backbone"):
             model.save_pretrained(tmp_path / "qwen2", frozen=frozen)
     assert files_of(tmp_path / "qwen2") == before
 
@@ -389,7 +411,7 @@ def test_weights_that_no_reference_gives_are_not_left_out(folders, tmp_path):
         tensors = {name: file.get_tensor(name) for name in file.keys() if name != "lm_head.weight"}
     save_file(tensors, tmp_path / "untied" / "model.safetensors", metadata={"format": "pt"})
     del model.config.frozen_parts["backbone"]["sha256"]
-    with pytest.raises(ValueError, match="lm_head.weight"):
+    with pytest.raises(ValueError, match="`frozen='reference'`.*lm_head.weight"):
         model.save_pretrained(tmp_path / "out", frozen="reference")
 
 
@@ -403,14 +425,14 @@ def test_broken_references(referenced, folders, tmp_path):
         return folder
 
     gone = folder_with("backbone", {"repo_id": str(tmp_path / "nowhere")})
-    with pytest.raises(ValueError, match="nowhere"):
+    with pytest.raises(ValueError, match=r"`config.frozen_parts\['backbone'\]`.*nowhere"):
         MMARForConditionalGeneration.from_pretrained(gone)
     shutil.copytree(folders / "vae", tmp_path / "vae")
     reference = json.loads((referenced / "config.json").read_text())["frozen_parts"]["vae"]
     moved = folder_with("vae", reference | {"repo_id": str(tmp_path / "vae")})
     assert MMARForConditionalGeneration.from_pretrained(moved) is not None
     make_vae(tmp_path / "vae", seed=5)
-    with pytest.raises(ValueError, match="diffusion_pytorch_model.safetensors"):
+    with pytest.raises(ValueError, match=r"`config.frozen_parts\['vae'\]`.*diffusion_pytorch_model.* has changed"):
         MMARForConditionalGeneration.from_pretrained(moved)
     (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ValueError, match="diffusion_pytorch_model.safetensors"):
@@ -436,7 +458,7 @@ def test_references_written_by_hand_are_checked_and_completed(folders, tmp_path,
             model.save_pretrained(tmp_path / "bad", frozen="reference")
     assert not (tmp_path / "bad").exists()
     model.config.frozen_parts = {"vae": {"repo_id": str(folders / "vae"), "sha256": {"typo.safetensors": "00"}}}
-    with pytest.raises(ValueError, match="diffusion_pytorch_model.safetensors"):
+    with pytest.raises(ValueError, match=r"`config.frozen_parts\['vae'\]`.*`sha256`"):
         model.save_pretrained(tmp_path / "bad", frozen="reference")
     # A relative folder becomes an absolute one with hashes: it holds wherever the model is opened from.
     monkeypatch.chdir(folders)
@@ -452,7 +474,7 @@ def test_references_written_by_hand_are_checked_and_completed(folders, tmp_path,
 def test_local_references_are_not_pushed(referenced):
     pipe = MMARPipeline.from_pretrained(referenced)
     for pushed in (pipe, pipe.model):
-        with pytest.raises(ValueError, match="backbone"):
+        with pytest.raises(ValueError, match=r"`config.frozen_parts\['backbone'\]`"):
             pushed.push_to_hub("me/mmar")
 
 

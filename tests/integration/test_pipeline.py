@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +19,8 @@ from transformers import AutoModel, pipeline
 
 from mmar import MMARConfig, MMARForConditionalGeneration, MMARPipeline, MMARPipelineOutput
 from mmar.ablations.modeling_transfusion_mmar import MMARTransfusionConfig, MMARTransfusionForConditionalGeneration
-from mmar.conversion import hub_mmar
-from mmar.modeling_mmar.frozen_parts_mmar import weights_files
+from mmar.modeling_mmar import saving_mmar
+from mmar.modeling_mmar.saving_mmar import weights_files
 
 
 PROMPT, OTHER = "a red square", "a square that is green, and quite a bit longer to describe"
@@ -420,7 +421,7 @@ def test_scheduler_of_another_prediction_type():
 
 def test_save_formats_that_are_refused(pipe, tmp_path):
     for kwargs in ({"safe_serialization": False}, {"variant": "fp16"}):
-        with pytest.raises(ValueError, match="safetensors"):
+        with pytest.raises(ValueError, match="`safe_serialization`.*`variant`"):
             pipe.save_pretrained(tmp_path, **kwargs)
 
 
@@ -550,12 +551,12 @@ def test_any_to_any(hub_root, monkeypatch):
 
 def test_every_exported_module_is_listed():
     """The exporter's list against the folders."""
-    root = hub_mmar.Path(hub_mmar.__file__).parent.parent
+    root = Path(saving_mmar.__file__).parent.parent
     found = {
         folder: tuple(sorted(path.stem for path in (root / folder).glob("*_mmar.py")))
-        for folder in hub_mmar.REMOTE_MODULES
+        for folder in saving_mmar.REMOTE_MODULES
     }
-    assert found == {folder: tuple(sorted(names)) for folder, names in hub_mmar.REMOTE_MODULES.items()}
+    assert found == {folder: tuple(sorted(names)) for folder, names in saving_mmar.REMOTE_MODULES.items()}
 
 
 def test_exported_code_names_no_circle(hub_root):
@@ -564,7 +565,7 @@ def test_exported_code_names_no_circle(hub_root):
 
     folder = hub_root / REPO
     names = {path.stem: set(get_relative_imports(path)) for path in folder.glob("*.py")}
-    assert names[hub_mmar.ENTRY_MODULE] == names.keys() - {hub_mmar.ENTRY_MODULE}
+    assert names[saving_mmar.ENTRY_MODULE] == names.keys() - {saving_mmar.ENTRY_MODULE}
     while leaves := {name for name, needed in names.items() if not needed}:
         names = {name: needed - leaves for name, needed in names.items() if name not in leaves}
     assert names == {}

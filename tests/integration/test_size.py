@@ -7,7 +7,7 @@ from helpers import random_latents, random_text, tiny_config
 from transformers.utils import is_bitsandbytes_available, is_torchao_available
 
 from mmar import MMARForConditionalGeneration, MMARPipeline
-from mmar.conversion.card_mmar import count_parameters
+from mmar.conversion.card import count_parameters
 
 
 def not_quantized(name):

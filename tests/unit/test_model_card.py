@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, metadata_load
 
 from mmar.ablations.modeling_transfusion_mmar import MMARTransfusionConfig
 from mmar.ablations.modeling_vq_mmar import MMARVQConfig
-from mmar.conversion.card_mmar import (
+from mmar.conversion.card import (
     MMARCardFacts,
     count_parameters,
     make_model_card,

@@ -13,7 +13,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mmar.conversion.hub_mmar import export_remote_code
+from mmar.modeling_mmar.saving_mmar import export_remote_code
 from mmar.processors.image_processing_mmar import MMARImageProcessor
 from mmar.processors.processing_mmar import CHAT_TEMPLATE, MMARProcessor
 
@@ -539,7 +539,7 @@ assert AutoImageProcessor.from_pretrained("folder", trust_remote_code=True).size
 
 
 # The processor's own file and what it imports.
-PROCESSOR_FILES = {"configuration_mmar.py", "image_processing_mmar.py", "processing_mmar.py", "push_mmar.py"}
+PROCESSOR_FILES = {"configuration_mmar.py", "image_processing_mmar.py", "processing_mmar.py", "saving_mmar.py"}
 
 
 def test_remote_code(processor, tmp_path):

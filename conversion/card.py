@@ -1,7 +1,6 @@
 """Model cards made from facts: the config, what an evaluation printed, and what the author states. Nothing else."""
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -9,35 +8,27 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .configuration_mmar import shorten, shorten_names
+from ..modeling_mmar.configuration_mmar import TRAINED_SUFFIXES, shorten, shorten_names
+from ..modeling_mmar.saving_mmar import (
+    ABOUT,
+    NEEDS_PROCESSOR,
+    NOT_STATED,
+    PROMPT,
+    QUESTION,
+    TAGS,
+    USAGE,
+    backbone_of,
+    usage,
+)
 
 
-PAPER = "arxiv:2410.10798"
-TAGS = ("mmar", "text-to-image", "image-text-to-text", "diffusers", PAPER)
-NOT_STATED = "Not stated."
-
-# Each opens a whole repository, with its processor, in a fresh process; the tests run them.
-USAGE = {
-    "diffusers": """\
-import torch
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("{repo}", trust_remote_code=True, dtype=torch.float32)
-image = pipe({prompt}, generator=torch.Generator().manual_seed(0)).images[0]
-image.save("drawn.png")
-""",
+# Next to those of a short card; each opens a complete repository in a fresh process; the tests run them.
+FURTHER_USAGE = {
     "transformers, text to image": """\
 from transformers import pipeline
 
 pipe = pipeline("text-to-image", model="{repo}", trust_remote_code=True, dtype="float32")
 pipe({prompt}).save("drawn.png")
-""",
-    "transformers, image to text": """\
-from transformers import pipeline
-
-pipe = pipeline("image-text-to-text", model="{repo}", trust_remote_code=True, dtype="float32")
-content = [{{"type": "image", "url": "drawn.png"}}, {{"type": "text", "text": {question}}}]
-print(pipe(text=[{{"role": "user", "content": content}}], return_full_text=False)[0]["generated_text"])
 """,
     "transformers, model and processor": """\
 from transformers import AutoModelForMultimodalLM, AutoProcessor
@@ -54,14 +45,6 @@ inputs = processor.apply_chat_template(
 )
 answer = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
 print(processor.batch_decode(answer, skip_special_tokens=True)[0])
-""",
-    # A line that begins with the import would have transformers and diffusers ask for the package.
-    "mmar installed, no remote code": """\
-import torch
-from {package} import MMARPipeline
-
-pipe = MMARPipeline.from_pretrained("{repo}", dtype=torch.float32)
-pipe({prompt}).images[0].save("drawn.png")
 """,
 }
 
@@ -98,8 +81,8 @@ class MMARCardFacts:
     training: str | None = None
     intended_use: str | None = None
     limitations: str | None = None
-    prompt: str = "a red apple on a table"
-    question: str = "Describe the image."
+    prompt: str = PROMPT
+    question: str = QUESTION
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "MMARCardFacts":
@@ -159,7 +142,7 @@ def make_model_card(
         license=facts.license,
         language=facts.language or None,
         datasets=facts.datasets or None,
-        base_model=facts.base_model or _backbone(config) or None,
+        base_model=facts.base_model or backbone_of(config),
         model_name=name if results else None,
         eval_results=results or None,
     )
@@ -167,23 +150,11 @@ def make_model_card(
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
-def card_for(card: ModelCard, repo_id: str) -> ModelCard:
-    """The same card with examples that open another repository."""
-    opened = r"(from_pretrained\(|model=)\"[^\"]*\""
-    return ModelCard(re.sub(opened, lambda found: f'{found[1]}"{repo_id}"', str(card)))
-
-
-def _backbone(config: Any) -> list[str]:
-    """The backbone's repository, where the config names one."""
-    repo_id = ((config.frozen_parts or {}).get("backbone") or {}).get("repo_id")
-    return [] if repo_id is None or Path(repo_id).is_absolute() else [repo_id]
-
-
 def count_parameters(model: Any) -> dict[str, int]:
     """Parameters of the parts of an `MMARForConditionalGeneration`; a tied `lm_head` counts once."""
     counts = dict.fromkeys(("Qwen2", "PLoRA", "latent encoder", "diffusion MLP", "VAE"), 0)
     for name, parameter in model.named_parameters():
-        if name.endswith((".image_A", ".image_B")):
+        if name.endswith(TRAINED_SUFFIXES):
             part = "PLoRA"
         elif name.startswith(("model.language_model.", "lm_head.")):
             part = "Qwen2"
@@ -232,9 +203,7 @@ def _text(
     title = facts.title or repo_id.rstrip("/").split("/")[-1]
     parts = [
         f"# {title}",
-        "An MMAR: one model that writes text about images and draws images from text "
-        "([arXiv 2410.10798](https://arxiv.org/abs/2410.10798); an independent implementation, not by the paper's "
-        "authors).",
+        ABOUT,
     ]
     if facts.description:
         parts.append(facts.description.strip())
@@ -243,15 +212,8 @@ def _text(
         "The examples load float32, which a CPU computes best and in which an image does not depend on its batch. On "
         "an accelerator leave `dtype` out: the saved one is loaded then.",
     ]
-    if not has_processor:
-        parts.append(
-            "The examples need the processor in this repository; `processor.push_to_hub` adds it where the model "
-            "alone was uploaded."
-        )
-    prompt, question = (json.dumps(text, ensure_ascii=False) for text in (facts.prompt, facts.question))
-    for door, code in USAGE.items():
-        code = code.format(repo=repo_id, prompt=prompt, question=question, package="mmar")
-        parts.append(f"With {door}:\n\n```python\n{code}```")
+    parts += [] if has_processor else [NEEDS_PROCESSOR]
+    parts += usage(repo_id, facts.prompt, facts.question, {**USAGE, **FURTHER_USAGE})
     parts += ["## Model", _architecture(config, num_parameters)]
     sections = {
         "Intended use": facts.intended_use,
