@@ -8,9 +8,11 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..files import write_whole
 from ..modeling_mmar.configuration_mmar import TRAINED_SUFFIXES, shorten, shorten_names
 from ..modeling_mmar.saving_mmar import (
     ABOUT,
+    CARD_NAME,
     NEEDS_PROCESSOR,
     NOT_STATED,
     PROMPT,
@@ -257,11 +259,8 @@ def _architecture(config: Any, num_parameters: dict[str, int] | None) -> str:
 
 
 def write_model_card(folder: str | Path, card: ModelCard) -> None:
-    """Writes README.md, in whole or not at all."""
-    path = Path(folder) / "README.md"
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(str(card), encoding="utf-8", newline="\n")
-    unfinished.replace(path)
+    """Writes README.md, completely or not at all."""
+    write_whole(Path(folder) / CARD_NAME, str(card).encode())
 
 
 def read_evaluation(path: str | Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..modeling_mmar.configuration_mmar import shorten
+from ..modeling_mmar.saving_mmar import SCHEDULER_FOLDER
 from ..pipelines.pipeline_mmar import MMARPipeline
 from .models import open_model, open_processor
 
@@ -39,7 +40,7 @@ def main(
         )
     model = open_model(source, "`source`", dtype=getattr(torch, dtype))
     scheduler = model.default_scheduler()
-    if (Path(source) / "scheduler").is_dir():
+    if (Path(source) / SCHEDULER_FOLDER).is_dir():
         scheduler = MMARPipeline.from_pretrained(source, model=model).scheduler
     given = {
         "guidance_scale": guidance_scale,

@@ -304,11 +304,7 @@ def init_from_qwen2(
         if index is not None:
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
             (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8", newline="\n")
-        model.config.save_pretrained(folder)
-        model.generation_config.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        MMARPipeline(model, processor, model.default_scheduler()).save_index(folder)
-        model.save_code(folder)
+        model.save_all_but_weights(folder, MMARPipeline(model, processor, model.default_scheduler()))
         written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     counts = {
         name: sum(parameter.numel() for parameter in module.parameters())

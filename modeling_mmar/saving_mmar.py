@@ -347,6 +347,13 @@ class MMARSavingMixin:
         if hasattr(pipeline, "scheduler"):
             self.save_index(folder, pipeline)
 
+    def save_all_but_weights(self, folder: str | os.PathLike, pipeline: Any) -> None:
+        """Writes what `save_folder` does, for a model whose weights are written otherwise; the folder exists."""
+        for part in (self.config, self.generation_config, pipeline.processor):
+            part.save_pretrained(folder)
+        self.save_code(folder)
+        self.save_index(folder, pipeline)
+
     def push_to_hub(
         self,
         repo_id: str,
@@ -394,7 +401,7 @@ class MMARSavingMixin:
     def model_card(self, repo_id: str, tags: list[str] | None = None, has_processor: bool = True) -> ModelCard:
         """
         The card of the folder that the model was loaded from, with its notices, for another repository; without one, a
-        short card. `python -m mmar.conversion.model_card` makes a complete one.
+        short card. `mmar card` makes a complete one.
         """
         readme = Path(self.name_or_path) / CARD_NAME
         if self.name_or_path and readme.is_file():
@@ -449,7 +456,7 @@ class MMARSavingMixin:
         if getattr(self, "hf_quantizer", None) is not None:
             raise ValueError(
                 "`frozen` must be 'include' for a quantized model, whose backbone is not the one that the reference "
-                "names; got 'reference'. Or save PLoRA alone with `mmar.conversion.plora_peft`."
+                "names; got 'reference'. Or save PLoRA alone with `mmar peft export`."
             )
         state = self.state_dict() if state is None else state
         parts = self.config.frozen_parts

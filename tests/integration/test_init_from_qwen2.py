@@ -441,6 +441,17 @@ def test_broken_references(referenced, folders, tmp_path):
         MMARForConditionalGeneration.from_pretrained(referenced).save_pretrained(tmp_path / "out", frozen="both")
 
 
+@pytest.mark.parametrize("repo_id", ["no/where", "no name", "a/b/c"])
+def test_a_repository_that_cannot_be_had_is_named(referenced, tmp_path, monkeypatch, repo_id):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    shutil.copytree(referenced, tmp_path / "mmar")
+    config = json.loads((referenced / "config.json").read_text())
+    config["frozen_parts"]["vae"] = {"repo_id": repo_id, "revision": "main"}
+    (tmp_path / "mmar" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"`config.frozen_parts\['vae'\]`.*{repo_id}"):
+        MMARForConditionalGeneration.from_pretrained(tmp_path / "mmar")
+
+
 def test_references_written_by_hand_are_checked_and_completed(folders, tmp_path, monkeypatch):
     init(folders, tmp_path / "mmar")
     model = MMARForConditionalGeneration.from_pretrained(tmp_path / "mmar")

@@ -559,6 +559,12 @@ def test_every_exported_module_is_listed():
     assert found == {folder: tuple(sorted(names)) for folder, names in saving_mmar.REMOTE_MODULES.items()}
 
 
+def test_the_model_imports_no_other_folder():
+    folder = Path(saving_mmar.__file__).parent
+    lines = {path.name: re.findall(r"^\s*from \.\..*", path.read_text(), re.MULTILINE) for path in folder.glob("*.py")}
+    assert not any(lines.values()), lines
+
+
 def test_exported_code_names_no_circle(hub_root):
     """diffusers follows names from file to file and would not come back."""
     from transformers.dynamic_module_utils import get_relative_imports
