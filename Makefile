@@ -72,7 +72,7 @@ TINY_TRAIN = $(BIN)/mmar train $(1) model=$(2) data=$(3) \
 	$(if $(4),latents=$(4)) output_dir=$(5) $(TRAIN_OPTIONS)
 TINY_INIT = $(BIN)/python -m mmar.training.init_tiny --config configs/mmar-tiny --data $(TINY_DATA)/train.parquet
 # rows, model, copies, output
-TINY_LATENTS = $(BIN)/python -m mmar.training.latents $(1) --model $(2) --num_copies $(3) --out $(4) --batch_size 256
+TINY_LATENTS = $(BIN)/mmar cache-latents $(1) --model $(2) --num_copies $(3) --out $(4) --batch_size 256
 
 $(TINY_DATA)/train.parquet: | $(VENV)/.done
 	$(BIN)/python -m mmar.training.emoji_rows $(EMOJI_STYLES) --out $(TINY_DATA)

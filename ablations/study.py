@@ -327,7 +327,7 @@ class Study:
         """Cached latents of these rows by the trial's tokenizer, made if they are not there."""
         kind = "vq" if trial.system == "vq" else "kl"
         folder = self.work / f"latents_{kind}_{data.stem}"
-        _call("mmar.training.latents", data, "--model", init, "--out", folder, "--num_copies", self.num_copies)
+        _call("mmar cache-latents", data, "--model", init, "--out", folder, "--num_copies", self.num_copies)
         return folder
 
 

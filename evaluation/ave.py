@@ -1,13 +1,12 @@
 """
 AVE@18, the paper's one number for image understanding: the mean over 18 rows of benchmarks (suppl. Table 6).
 
-    python -m mmar.evaluation.ave runs/vlmevalkit/MODEL     # the result files that VLMEvalKit wrote
-    python -m mmar.evaluation.ave scores.json               # {"AI2D": 43.43, ..., "MME-P": 882.1, ...}
+    mmar evaluate ave runs/vlmevalkit/MODEL     # the result files that VLMEvalKit wrote
+    mmar evaluate ave scores.json               # {"AI2D": 43.43, ..., "MME-P": 882.1, ...}
 
 Rows are in percent, but for MME, whose two parts count up to 2000 and 800 points and are divided by 20 and 8.
 """
 
-import argparse
 import csv
 import json
 import math
@@ -15,7 +14,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..command import run_command
 from ..modeling_mmar.configuration_mmar import shorten, shorten_names
 
 
@@ -190,14 +188,8 @@ def read_scores(path: Path) -> dict[str, float]:
     return scores
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="folder of VLMEvalKit's result files, or a JSON file of scores")
-    args = parser.parse_args()
-    scores = read_scores(args.results)
+def main(results: Path) -> None:
+    """Prints AVE@18 and the scores that it is the mean of; raises a `ValueError` as `read_scores` and `ave18` do."""
+    scores = read_scores(results)
     average = ave18(scores)
     print(json.dumps({"AVE@18": round(average, 2), "scores": {name: scores[name] for name in ROWS}}, indent=1))
-
-
-if __name__ == "__main__":
-    run_command(main)

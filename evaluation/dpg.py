@@ -1,8 +1,8 @@
 """
 DPG-Bench (arXiv 2403.05135): pictures of its prompts in the layout that its scorer reads.
 
-    python -m mmar.evaluation.dpg MODEL --prompts dpg_bench/prompts --out runs/dpg
-    torchrun --nproc_per_node 8 -m mmar.evaluation.dpg MODEL ...
+    mmar evaluate dpg MODEL --prompts dpg_bench/prompts --out runs/dpg
+    torchrun --nproc_per_node 8 -m mmar evaluate dpg MODEL ...
     bash dpg_bench/dist_eval.sh runs/dpg/grids 256                 # DPG-Bench's own, on GPUs
 
 The prompt in 7.txt becomes grids/7.png, four pictures in two rows; each alone is in samples/7/. The scorer is told the
@@ -10,17 +10,15 @@ edge of one of them, 256 for a model of 256 x 256 pictures, and cuts the grid up
 again with the same words and goes on where it was.
 """
 
-import argparse
 import io
 from pathlib import Path
 
 from PIL import Image
 
-from ..command import run_command
 from ..files import write_whole
 from ..modeling_mmar.configuration_mmar import shorten
 from ..processors.image_processing_mmar import read_rgb_image
-from .drawing import Processes, add_arguments, command_of, draw_with, spread
+from .drawing import DrawingOptions, Processes, draw_with, spread
 
 
 # A grid's rows and columns; the scorer knows no other.
@@ -78,28 +76,31 @@ def make_grid(files: list[Path]) -> Image.Image:
     return grid
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    parser.add_argument("--prompts", required=True, type=Path, help="folder of ID.txt, dpg_bench/prompts")
-    parser.add_argument("--num_prompts", type=int, help="so many, spread over the folder; all by default")
-    args = parser.parse_args()
-    rows = [row for _, row in spread(read_prompts(args.prompts), args.num_prompts, "num_prompts")]
+def main(drawing: DrawingOptions, prompts: Path, num_prompts: int | None = None) -> None:
+    r"""
+    Draws the prompts of DPG-Bench, and makes their grids.
+
+    Args:
+        drawing (`DrawingOptions`): How.
+        prompts (`Path`): Folder of ID.txt, dpg_bench/prompts.
+        num_prompts (`int`, *optional*): So many, spread over the folder; all by default.
+
+    Raises:
+        ValueError: As `read_prompts`, `spread` and `draw_pictures` raise.
+    """
+    rows = [row for _, row in spread(read_prompts(prompts), num_prompts, "num_prompts")]
     processes = Processes.from_environment()
     samples = {name: [f"samples/{name}/{sample}.png" for sample in range(GRID * GRID)] for name, _ in rows}
-    prompts = {file: prompt for name, prompt in rows for file in samples[name]}
-    draw_with(args, prompts, processes, command_of("mmar.evaluation.dpg", args))
+    captions = {file: prompt for name, prompt in rows for file in samples[name]}
+    command = drawing.command("evaluate", "dpg", prompts=prompts, num_prompts=num_prompts)
+    draw_with(drawing, captions, processes, command)
     processes.leave()
     if not processes.is_first:
         return
     size = 0
     for name, files in samples.items():
-        grid = make_grid([args.out / file for file in files])
+        grid = make_grid([drawing.out / file for file in files])
         size, buffer = grid.width // GRID, io.BytesIO()
         grid.save(buffer, "PNG")
-        write_whole(args.out / "grids" / f"{name}.png", buffer.getvalue())
-    print(f"{args.out / 'grids'}: {len(rows)} grids. Next: dist_eval.sh of DPG-Bench, with that folder and {size}.")
-
-
-if __name__ == "__main__":
-    run_command(main)
+        write_whole(drawing.out / "grids" / f"{name}.png", buffer.getvalue())
+    print(f"{drawing.out / 'grids'}: {len(rows)} grids. Next: dist_eval.sh of DPG-Bench, with that folder and {size}.")

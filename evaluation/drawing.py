@@ -9,16 +9,14 @@ process draws them and whatever is drawn already: the files of a run that was ki
 are byte by byte those of one unbroken process. Another batch size only rounds a picture otherwise.
 """
 
-import argparse
 import datetime
 import hashlib
 import io
 import json
 import math
 import os
-import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +26,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .. import __version__
+from ..command import command_of
 from ..conversion.models import open_pipeline
 from ..files import UNFINISHED, check_folder, write_whole
 from ..modeling_mmar.configuration_mmar import shorten
-from ..modeling_mmar.generation_mmar import PRESETS
 from ..pipelines.pipeline_mmar import MMARPipeline
 from ..training.mixture import stable_hash
 
@@ -329,35 +327,43 @@ def draw_pictures(
 OPTIONS = ("guidance_scale", "preset", "num_ar_steps", "num_inference_steps")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what the commands that draw have in common."""
-    parser.add_argument("model", help="folder or Hub id of an MMAR")
-    parser.add_argument("--out", required=True, type=Path, help="folder to draw into, or to go on with")
-    parser.add_argument("--seed", type=int, default=0, help="of the run")
-    parser.add_argument("--batch_size", type=int, default=8, help="pictures drawn at once")
-    dtypes = ("float32", "bfloat16", "float16")
-    parser.add_argument("--dtype", choices=dtypes, help="float32 on a CPU by default, as saved elsewhere")
-    parser.add_argument("--guidance_scale", type=float, help="the model's by default, like those below")
-    parser.add_argument("--preset", choices=tuple(PRESETS), help="steps and sampler")
-    parser.add_argument("--num_ar_steps", type=int, help="autoregressive steps")
-    parser.add_argument("--num_inference_steps", type=int, help="diffusion steps per token")
-
-
-def command_of(module: str, args: argparse.Namespace, positional: tuple[str, ...] = ("model",)) -> str:
-    """The words with which a command is started again: what was given, and the defaults."""
-    words = [str(getattr(args, name)) for name in positional]
-    for name, value in vars(args).items():
-        if name not in positional and value is not None:
-            words += [f"--{name}", str(value)]
-    return shlex.join(["python", "-m", module, *words])
-
-
-def draw_with(args: argparse.Namespace, prompts: Mapping[str, str], processes: Processes, command: str) -> str:
+@dataclass(frozen=True)
+class DrawingOptions:
     r"""
-    Draws as a command's arguments say.
+    What the commands that draw have in common.
 
     Args:
-        args (`argparse.Namespace`): Of a parser that `add_arguments` was given.
+        model (`str`): Folder or Hub id of an MMAR.
+        out (`Path`): Folder to draw into, or to go on with.
+        seed (`int`, *optional*, defaults to 0): Of the run.
+        batch_size (`int`, *optional*, defaults to 8): Images drawn at once.
+        dtype (`str`, *optional*): Of the weights; float32 on a CPU by default, as saved elsewhere.
+        guidance_scale, preset, num_ar_steps, num_inference_steps (*optional*): As for the pipeline; the model's by
+            default.
+    """
+
+    model: str
+    out: Path
+    seed: int = 0
+    batch_size: int = 8
+    dtype: str | None = None
+    guidance_scale: float | None = None
+    preset: str | None = None
+    num_ar_steps: int | None = None
+    num_inference_steps: int | None = None
+
+    def command(self, *words: str, **more: Any) -> str:
+        """The command line with which a command is started again: what was given, and the defaults."""
+        options = asdict(self)
+        return command_of(*words, options.pop("model"), **options, **more)
+
+
+def draw_with(drawing: DrawingOptions, prompts: Mapping[str, str], processes: Processes, command: str) -> str:
+    r"""
+    Draws as a command was told.
+
+    Args:
+        drawing (`DrawingOptions`): How.
         prompts (`Mapping[str, str]`): As in `draw_pictures`.
         processes (`Processes`): Those that draw.
         command (`str`): How to go on.
@@ -365,12 +371,12 @@ def draw_with(args: argparse.Namespace, prompts: Mapping[str, str], processes: P
     Returns:
         `str`: The model's fingerprint, as drawing.json has it.
     """
-    check_folder(args.out)
-    dtype = None if args.dtype is None else getattr(torch, args.dtype)
-    pipe = open_pipeline(args.model, dtype=dtype, device=processes.device)
-    options = {name: getattr(args, name) for name in OPTIONS}
-    draw_pictures(pipe, prompts, args.out, args.seed, args.batch_size, processes, command, **options)
-    return json.loads((args.out / MANIFEST_NAME).read_text(encoding="utf-8"))["model_sha256"]
+    check_folder(drawing.out)
+    dtype = None if drawing.dtype is None else getattr(torch, drawing.dtype)
+    pipe = open_pipeline(drawing.model, dtype=dtype, device=processes.device)
+    options = {name: getattr(drawing, name) for name in OPTIONS}
+    draw_pictures(pipe, prompts, drawing.out, drawing.seed, drawing.batch_size, processes, command, **options)
+    return json.loads((drawing.out / MANIFEST_NAME).read_text(encoding="utf-8"))["model_sha256"]
 
 
 def spread(rows: list[Any], number: int | None, name: str) -> list[tuple[int, Any]]:

@@ -1,9 +1,9 @@
 """
 FID-30K: the Frechet distance of Inception features between pictures drawn from COCO's captions and real pictures.
 
-    python -m mmar.evaluation.fid MODEL --captions captions_val2014.json --real val2014 \
+    mmar evaluate fid MODEL --captions captions_val2014.json --real val2014 \
         --inception_weights weights-inception-2015-12-05-6726825d.pth --out runs/fid
-    torchrun --nproc_per_node 8 -m mmar.evaluation.fid MODEL ...
+    torchrun --nproc_per_node 8 -m mmar evaluate fid MODEL ...
 
 Captions are any file in COCO's layout. Of each picture of it one caption is taken, then of each a second one, and so
 on, in an order that --caption_seed makes, until there are --num_prompts. Real pictures are all files of a folder,
@@ -17,7 +17,6 @@ The folder holds drawing.json, captions.jsonl, pictures/, real.npz and result.js
 again with the same words and goes on where it was.
 """
 
-import argparse
 import hashlib
 import importlib
 import io
@@ -42,12 +41,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..command import run_command
 from ..files import write_whole
 from ..modeling_mmar.configuration_mmar import shorten
 from ..processors.image_processing_mmar import read_rgb_image
 from ..training.mixture import stable_hash
-from .drawing import OPTIONS, Processes, add_arguments, command_of, draw_with, write_json, write_lines
+from .drawing import OPTIONS, DrawingOptions, Processes, draw_with, write_json, write_lines
 
 
 # What the field reports; the distance of fewer pictures is larger.
@@ -441,52 +439,77 @@ def measure(
 # ------------------------------------------------------------------------------------------------------------ command
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    parser.add_argument("--captions", required=True, type=Path, help="COCO's captions_val2014.json, or one like it")
-    parser.add_argument("--real", required=True, type=Path, help="folder of real pictures, or statistics of them")
-    parser.add_argument("--num_prompts", type=int, default=NUM_PROMPTS, help="captions to draw")
-    parser.add_argument("--caption_seed", type=int, default=0, help="of the choice of captions")
-    parser.add_argument("--inception_weights", type=Path, help="local file, .pth or .safetensors")
-    parser.add_argument("--extractor", help="module:Class of another feature extractor")
-    parser.add_argument("--feature_batch_size", type=int, default=64, help="pictures per pass of the extractor")
-    parser.add_argument("--num_workers", type=int, default=0, help="processes that read pictures")
-    args = parser.parse_args()
-    # What is wrong with the measuring should show before hours of drawing.
-    chosen = choose_captions(read_captions(args.captions), args.num_prompts, args.caption_seed)
-    for name, least in (("feature_batch_size", 1), ("num_workers", 0)):
-        if getattr(args, name) < least:
-            raise ValueError(f"`{name}` must be at least {least}; got {getattr(args, name)}.")
-    _check_real(args.real)
-    processes = Processes.from_environment()
-    extractor = open_extractor(args.extractor, args.inception_weights, torch.device("cpu"))
+def main(
+    drawing: DrawingOptions,
+    captions: Path,
+    real: Path,
+    num_prompts: int = NUM_PROMPTS,
+    caption_seed: int = 0,
+    inception_weights: Path | None = None,
+    extractor_name: str | None = None,
+    feature_batch_size: int = 64,
+    num_workers: int = 0,
+) -> None:
+    r"""
+    Draws captions, measures the distance to real pictures, and prints and writes the result.
 
-    command = command_of("mmar.evaluation.fid", args)
+    Args:
+        drawing (`DrawingOptions`): How to draw.
+        captions (`Path`): COCO's captions_val2014.json, or one like it.
+        real (`Path`): Folder of real pictures, or statistics of them.
+        num_prompts (`int`, *optional*, defaults to 30,000): Captions to draw.
+        caption_seed (`int`, *optional*, defaults to 0): Of the choice of captions.
+        inception_weights (`Path`, *optional*): Local file, .pth or .safetensors.
+        extractor_name (`str`, *optional*): module:Class of another feature extractor.
+        feature_batch_size (`int`, *optional*, defaults to 64): Pictures per pass of the extractor.
+        num_workers (`int`, *optional*, defaults to 0): Processes that read pictures.
+
+    Raises:
+        ValueError: If captions, pictures, weights or extractor are not what they should be.
+    """
+    # What is wrong with the measuring should show before hours of drawing.
+    chosen = choose_captions(read_captions(captions), num_prompts, caption_seed)
+    _check_real(real)
+    processes = Processes.from_environment()
+    extractor = open_extractor(extractor_name, inception_weights, torch.device("cpu"))
+
+    command = drawing.command(
+        "evaluate",
+        "fid",
+        captions=captions,
+        real=real,
+        num_prompts=num_prompts,
+        caption_seed=caption_seed,
+        inception_weights=inception_weights,
+        extractor=extractor_name,
+        feature_batch_size=feature_batch_size,
+        num_workers=num_workers,
+    )
     prompts = {f"pictures/{i:06d}.png": row["caption"] for i, row in enumerate(chosen)}
-    sha256 = draw_with(args, prompts, processes, command)
+    sha256 = draw_with(drawing, prompts, processes, command)
     processes.leave()
     if not processes.is_first:
         return
     rows = [{"file": name, **row} for name, row in zip(prompts, chosen, strict=True)]
-    write_lines(args.out / "captions.jsonl", rows)
+    write_lines(drawing.out / "captions.jsonl", rows)
     extractor.to(processes.device)
-    drawn = [args.out / name for name in prompts]
-    measured = measure(drawn, args.real, extractor, args.out, args.feature_batch_size, args.num_workers)
-    is_fid_30k = args.num_prompts == NUM_PROMPTS and args.extractor is None
+    drawn = [drawing.out / name for name in prompts]
+    measured = measure(drawn, real, extractor, drawing.out, feature_batch_size, num_workers)
+    is_fid_30k = num_prompts == NUM_PROMPTS and extractor_name is None
     result = {
-        "metric": "FID-30K" if is_fid_30k else f"Frechet distance of {args.num_prompts} pictures, not FID-30K",
+        "metric": "FID-30K" if is_fid_30k else f"Frechet distance of {num_prompts} pictures, not FID-30K",
         "is_fid_30k": is_fid_30k,
         **measured,
-        "num_prompts": args.num_prompts,
+        "num_prompts": num_prompts,
         "num_pictures_captioned": len({row["image_id"] for row in chosen}),
         "extractor": extractor.get_name(),
         "features": extractor.get_requested_features_list()[0],
-        "inception_sha256": None
-        if args.extractor
-        else hashlib.sha256(args.inception_weights.read_bytes()).hexdigest(),
+        "inception_sha256": None if extractor_name else hashlib.sha256(inception_weights.read_bytes()).hexdigest(),
         "model_sha256": sha256,
-        "options": {name: getattr(args, name) for name in ("seed", "caption_seed", "batch_size", "dtype", *OPTIONS)},
+        "options": {
+            "caption_seed": caption_seed,
+            **{name: getattr(drawing, name) for name in ("seed", "batch_size", "dtype", *OPTIONS)},
+        },
         "versions": {
             "mmar": __version__,
             "torch": torch.__version__,
@@ -497,15 +520,11 @@ def main() -> None:
         },
         "command": command,
     }
-    write_json(args.out / "result.json", result)
+    write_json(drawing.out / "result.json", result)
     print(json.dumps(result, indent=1))
     if not is_fid_30k:
         print(
-            f"This is not FID-30K, and cannot be compared with it: {args.num_prompts} pictures by "
+            f"This is not FID-30K, and cannot be compared with it: {num_prompts} pictures by "
             f"{extractor.get_name()}, where FID-30K is of {NUM_PROMPTS} by {INCEPTION}.",
             file=sys.stderr,
         )
-
-
-if __name__ == "__main__":
-    run_command(main)

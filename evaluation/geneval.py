@@ -1,24 +1,21 @@
 """
 GenEval (arXiv 2310.11513): pictures of its prompts in the layout that its scorer reads, and the table of its results.
 
-    python -m mmar.evaluation.geneval draw MODEL --metadata evaluation_metadata.jsonl --out runs/geneval
-    torchrun --nproc_per_node 8 -m mmar.evaluation.geneval draw MODEL ...
+    mmar evaluate geneval draw MODEL --metadata evaluation_metadata.jsonl --out runs/geneval
+    torchrun --nproc_per_node 8 -m mmar evaluate geneval draw MODEL ...
     python evaluation/evaluate_images.py runs/geneval --outfile results.jsonl ...     # GenEval's own, on a GPU
-    python -m mmar.evaluation.geneval scores results.jsonl
+    mmar evaluate geneval scores results.jsonl
 
 A line of the metadata has `prompt` and `tag`, and what should be seen. For line 7, counted from 0, the folder holds
 00007/metadata.jsonl and 00007/samples/0000.png to 0003.png. A run that was stopped is started again with the same
 words and goes on where it was.
 """
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from ..command import run_command
 from ..modeling_mmar.configuration_mmar import shorten
-from .drawing import Processes, add_arguments, command_of, draw_with, read_lines, spread, write_lines
+from .drawing import DrawingOptions, Processes, draw_with, read_lines, spread, write_json, write_lines
 
 
 # Pictures per prompt, as GenEval and the papers that report it draw.
@@ -99,41 +96,35 @@ def table(scores: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(args: argparse.Namespace) -> None:
-    """Draws, and writes the metadata beside the pictures."""
-    rows = spread(read_metadata(args.metadata), args.num_prompts, "num_prompts")
+def draw(drawing: DrawingOptions, metadata: Path, num_prompts: int | None = None) -> None:
+    r"""
+    Draws, and writes the metadata next to the pictures.
+
+    Args:
+        drawing (`DrawingOptions`): How.
+        metadata (`Path`): GenEval's evaluation_metadata.jsonl.
+        num_prompts (`int`, *optional*): So many, spread over the file; all by default.
+
+    Raises:
+        ValueError: As `read_metadata`, `spread` and `draw_pictures` raise.
+    """
+    rows = spread(read_metadata(metadata), num_prompts, "num_prompts")
     processes = Processes.from_environment()
     prompts = {
         f"{place:05d}/samples/{sample:04d}.png": row["prompt"] for place, row in rows for sample in range(NUM_SAMPLES)
     }
-    draw_with(args, prompts, processes, command_of("mmar.evaluation.geneval", args, ("action", "model")))
+    command = drawing.command("evaluate", "geneval", "draw", metadata=metadata, num_prompts=num_prompts)
+    draw_with(drawing, prompts, processes, command)
     processes.leave()
     if processes.is_first:
         for place, row in rows:
-            write_lines(args.out / f"{place:05d}" / "metadata.jsonl", [row])
-        print(f"{args.out}: {len(prompts)} pictures of {len(rows)} prompts. Next: GenEval's evaluate_images.py.")
+            write_lines(drawing.out / f"{place:05d}" / "metadata.jsonl", [row])
+        print(f"{drawing.out}: {len(prompts)} pictures of {len(rows)} prompts. Next: GenEval's evaluate_images.py.")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    actions = parser.add_subparsers(dest="action", required=True)
-    drawing = actions.add_parser("draw", help="draw the prompts")
-    add_arguments(drawing)
-    drawing.add_argument("--metadata", required=True, type=Path, help="GenEval's evaluation_metadata.jsonl")
-    drawing.add_argument("--num_prompts", type=int, help="so many, spread over the file; all by default")
-    scoring = actions.add_parser("scores", help="sum up the scorer's results")
-    scoring.add_argument("results", type=Path, help="what evaluate_images.py wrote")
-    scoring.add_argument("--out", type=Path, help="file for the scores as JSON")
-    args = parser.parse_args()
-    if args.action == "draw":
-        draw(args)
-        return
-    scores = read_scores(args.results)
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+def print_scores(results: Path, out: Path | None = None) -> None:
+    """Prints the table of the scorer's results, and writes the scores to a file as JSON if one is named."""
+    scores = read_scores(results)
+    if out is not None:
+        write_json(out, scores)
     print(table(scores))
-
-
-if __name__ == "__main__":
-    run_command(main)

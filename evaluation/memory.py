@@ -1,16 +1,15 @@
 """
 Memory that an MMAR needs, from its config alone: no weight is made, every step runs on the meta device.
 
-    python -m mmar.evaluation.memory mmar-0.5b mmar-7b --batch_size 1
+    mmar memory mmar-0.5b mmar-7b --batch_size 1
 
 Counted are the tensors that are alive at the same time, as they are allocated and freed by one drawing step, one
 answer and one training step. On the meta device attention keeps its weights, which fused kernels do not; what CUDA and
 its allocator's fragments need comes on top.
 """
 
-import argparse
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, Qwen2Model
 
-from ..command import run_command
 from ..conversion.init_from_qwen2 import DTYPES, load_preset
 from ..modeling_mmar.configuration_mmar import MMARConfig, shorten
 from ..modeling_mmar.diffusion_mmar import cosine_alphas_cumprod, diffusion_loss
@@ -250,23 +248,12 @@ def table(rows: dict[str, dict[str, int]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("preset", nargs="+", help="mmar-0.5b, mmar-7b, mmar-tiny, or a folder with a config.json")
-    parser.add_argument("--batch_size", type=int, default=1)
-    parser.add_argument("--text_length", type=int, default=128, help="tokens of text beside the picture's")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    args = parser.parse_args()
-    if args.batch_size < 1 or args.text_length < 1:
-        parser.error("--batch_size and --text_length must be at least 1")
+def main(presets: Sequence[str], batch_size: int = 1, text_length: int = 128, dtype: str = "bfloat16") -> None:
+    """Prints the table of presets or folders with a config.json; raises a `ValueError` as `load_preset` does."""
     rows = {}
-    for preset in args.preset:
-        config, shape = load_preset(preset), (args.batch_size, args.text_length, DTYPES[args.dtype])
+    for preset in presets:
+        config, shape = load_preset(preset), (batch_size, text_length, DTYPES[dtype])
         rows[f"{preset}, inference"] = inference_memory(config, *shape)
         rows[f"{preset}, training"] = training_memory(config, *shape)
         rows[f"{preset}, training without checkpointing"] = training_memory(config, *shape, False)
     print(table(rows))
-
-
-if __name__ == "__main__":
-    run_command(main)

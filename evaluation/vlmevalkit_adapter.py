@@ -1,7 +1,7 @@
 """
 Evaluates an MMAR with VLMEvalKit.
 
-    python -m mmar.evaluation.vlmevalkit_adapter MODEL --data POPE MMStar MY_TABLE.tsv --work_dir runs/vlmevalkit
+    mmar evaluate vlmevalkit MODEL --data POPE --data MY_TABLE.tsv --work-dir runs/vlmevalkit
 
 MODEL is a folder or Hub id. A benchmark is a name that the kit knows, its file in the kit's folder ($LMUData, or
 ~/LMUData) or downloaded by the kit, or the path of a table in the kit's layout. Answers are made in batches and kept
@@ -14,16 +14,14 @@ The kit's own command runs the model too, for chats of several turns and under t
     from vlmeval.run import main; main()" --model my-mmar --data MMDU --work-dir runs/vlmevalkit
 """
 
-import argparse
 import filecmp
 import hashlib
 import json
 import os
-import shlex
 import shutil
-import sys
 import time
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..command import run_command
+from ..command import command_of
 from ..modeling_mmar.configuration_mmar import shorten
 from .answers import MMARAnswerer, generation_options
 from .vlmevalkit_data import AnswersSoFar, chat_content, question_message, question_text, read_table, table_type
@@ -54,7 +52,7 @@ except Exception as error:
         f"VLMEvalKit cannot be imported: {type(error).__name__}: {error}. Install it with `pip install ms-vlmeval` "
         "(see docs/evaluation.md), in a separate environment if its dependencies do not fit yours."
     )
-    raise (SystemExit(f"error: {_message}") if __name__ == "__main__" else ImportError(_message)) from error
+    raise ImportError(_message) from error
 
 
 # Prompts of these are ours; others say themselves how a benchmark asks.
@@ -352,42 +350,59 @@ def evaluate(
     return {**result, "scores": as_records(scores)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder or Hub id of an MMAR")
-    parser.add_argument("--data", required=True, nargs="+", help="benchmarks: names, or tables (NAME.tsv)")
-    parser.add_argument("--work_dir", "--work-dir", required=True, type=Path, help="folder for answers and scores")
-    parser.add_argument("--name", help="the model's name in file names; the last part of MODEL by default")
-    parser.add_argument("--limit", type=int, help="so many rows of each benchmark; all by default")
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument(
-        "--dtype", help="of the weights, such as bfloat16; float32 on a CPU by default, as saved elsewhere"
-    )
-    parser.add_argument("--device", help="where the model runs; the accelerator if there is one")
-    parser.add_argument("--max_new_tokens", type=int, help="most tokens of an answer; as the model has it by default")
-    parser.add_argument("--judge", default=EXACT_MATCHING, help="the kit's judge for open answers; none by default")
-    args = parser.parse_args()
-    if args.limit is not None and args.limit < 1:
-        parser.error(f"--limit must be at least 1; got {args.limit}")
-    for benchmark in args.data:
+def main(
+    model: str,
+    data: Sequence[str],
+    work_dir: Path,
+    name: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    dtype: str | None = None,
+    device: str | None = None,
+    max_new_tokens: int | None = None,
+    judge: str = EXACT_MATCHING,
+) -> None:
+    r"""
+    Evaluates a model on benchmarks, and prints and writes the results.
+
+    Args:
+        model (`str`): Folder or Hub id of an MMAR.
+        data (`Sequence[str]`): Benchmarks: names, or tables (NAME.tsv).
+        work_dir (`Path`): Folder for answers and scores.
+        name (`str`, *optional*): The model's name in file names; the last part of `model` by default.
+        limit (`int`, *optional*): So many rows of each benchmark; all by default.
+        batch_size, dtype, device, max_new_tokens (*optional*): As for `MMARForVLMEvalKit`.
+        judge (`str`, *optional*, defaults to `"exact_matching"`): The kit's judge for open answers.
+
+    Raises:
+        ValueError: As `evaluate` raises, or if a table or the model cannot be read.
+    """
+    for benchmark in data:
         if benchmark.endswith(".tsv"):
             table_type(read_table(Path(benchmark)), benchmark)  # what is wrong shows before the model is loaded
-    name = args.name or Path(args.model).name
-    model = MMARForVLMEvalKit(args.model, args.device, args.dtype, args.batch_size, max_new_tokens=args.max_new_tokens)
-    work_dir = args.work_dir.resolve()
+    adapter = MMARForVLMEvalKit(model, device, dtype, batch_size, max_new_tokens=max_new_tokens)
     facts = {
-        "command": "python -m mmar.evaluation.vlmevalkit_adapter " + shlex.join(sys.argv[1:]),
-        "dtype": str(model.answerer.model.dtype),
+        "command": command_of(
+            "evaluate",
+            "vlmevalkit",
+            model,
+            data=data,
+            work_dir=work_dir,
+            name=name,
+            limit=limit,
+            batch_size=batch_size,
+            dtype=dtype,
+            device=device,
+            max_new_tokens=max_new_tokens,
+            judge=judge,
+        ),
+        "dtype": str(adapter.answerer.model.dtype),
         "threads": torch.get_num_threads(),
     }
-    results = {}
-    for benchmark in args.data:
-        result = evaluate(model, name, benchmark, work_dir, args.limit, args.judge)
+    work_dir, name, results = work_dir.resolve(), name or Path(model).name, {}
+    for benchmark in data:
+        result = evaluate(adapter, name, benchmark, work_dir, limit, judge)
         results[Path(benchmark).stem if benchmark.endswith(".tsv") else benchmark] = result
         text = json.dumps({**facts, **result}, indent=1, default=float)
         (work_dir / name / Path(benchmark).stem / RESULT_NAME).write_text(text + "\n")
     print(json.dumps({**facts, "results": results}, indent=1, default=float))
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -2,8 +2,10 @@
 
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -39,6 +41,25 @@ def run_command(main: Callable[[], None]) -> None:
         for bar in list(getattr(tqdm, "_instances", ())):
             bar.close()
         sys.exit(f"error: {_in_one_line(error)} (MMAR_TRACEBACK=1 shows where)")
+
+
+def command_of(*words: object, **options: Any) -> str:
+    r"""
+    The command line with which a command is started again.
+
+    Args:
+        *words: Of the command, without `mmar`.
+        **options: Of it, such as `batch_size=8`; of those that are None nothing is said, and a list is given one by
+            one.
+
+    Returns:
+        `str`: For a shell.
+    """
+    line = ["mmar", *map(str, words)]
+    for name, values in options.items():
+        for value in values if isinstance(values, (list, tuple)) else [values]:
+            line += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join(line)
 
 
 def _in_one_line(error: Exception) -> str:

@@ -6,7 +6,7 @@ typer and nothing else, and each imports its work when it runs. Command names an
 `_`.
 """
 
-from . import conversion, generation, training  # noqa: F401
+from . import conversion, evaluation, generation, training  # noqa: F401
 from .app import app
 
 

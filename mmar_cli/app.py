@@ -50,8 +50,8 @@ def command(group: typer.Typer, name: str | None = None, **settings: Any) -> Cal
     return add
 
 
-def command_group(name: str, about: str) -> typer.Typer:
+def command_group(name: str, about: str, parent: typer.Typer = app) -> typer.Typer:
     """Adds a group of commands, with what its help says."""
     group = typer.Typer(help=about, no_args_is_help=True, rich_markup_mode=None)
-    app.add_typer(group, name=name)
+    parent.add_typer(group, name=name)
     return group

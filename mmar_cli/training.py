@@ -1,6 +1,7 @@
-"""`mmar train` and what prepares a training."""
+"""`mmar train` and `mmar cache-latents`."""
 
 import ast
+from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Argument, Option
@@ -67,3 +68,56 @@ def train(
     from mmar.training.train import main
 
     main(arguments or [])
+
+
+@command(app)
+def cache_latents(
+    data: Annotated[str, Argument(metavar="DATA", help="parquet, tar shards, folder of images, or id of a data set")],
+    model: Annotated[str, Option(help="folder or repository of an MMAR")],
+    out: Annotated[Path, Option(help="folder to write to, or to go on with")],
+    num_copies: Annotated[int, Option(help="views per image and kind")] = 0,
+    shard_size: Annotated[int, Option(help="rows per file")] = 2048,
+    batch_size: Annotated[int, Option(help="images per pass of the VAE")] = 64,
+    seed: Annotated[int, Option(help="of the views")] = 0,
+    columns: Annotated[
+        list[str],
+        Option(metavar="KEY=NAME", help="the data's name of one of our columns; may be given several times"),
+    ] = [],  # noqa: B006
+    split: Annotated[str, Option(help="of a data set")] = "train",
+    image_folder: Annotated[
+        str | None, Option(help="where relative paths of images start, and what all must lie in")
+    ] = None,
+    num_workers: Annotated[int, Option(help="processes that open images and draw views")] = 0,
+    num_processes: Annotated[
+        int | None, Option(help="that encode into this folder; as torchrun says by default")
+    ] = None,
+    process_index: Annotated[
+        int | None, Option(help="which of them this is, from 0; as torchrun says by default")
+    ] = None,
+) -> None:
+    """
+    Encode the images of a source once, so that trainings need not.
+
+    \b
+        mmar cache-latents train.parquet --model runs/init --out runs/latents --num-copies 3 --num-workers 4
+        torchrun --nproc_per_node 8 -m mmar cache-latents train.parquet --model runs/init --out runs/latents
+
+    Started again with the same words, it goes on where it was stopped.
+    """
+    from mmar.training.latents import main
+
+    main(
+        data,
+        model,
+        out,
+        num_copies,
+        shard_size,
+        batch_size,
+        seed,
+        columns,
+        split,
+        image_folder,
+        num_workers,
+        num_processes,
+        process_index,
+    )

@@ -1,8 +1,8 @@
 """
 Pictures encoded once: a command writes the latents of a source and of its views, a training reads them row by row.
 
-    python -m mmar.training.latents DATA --model MODEL --out runs/latents --num_copies 3 --num_workers 4
-    torchrun --nproc_per_node 8 -m mmar.training.latents DATA --model MODEL --out runs/latents
+    mmar cache-latents DATA --model MODEL --out runs/latents --num_copies 3 --num_workers 4
+    torchrun --nproc_per_node 8 -m mmar cache-latents DATA --model MODEL --out runs/latents
 
 DATA is whatever `sources.open_source` opens. A run that was stopped is started again with the same words and goes on
 where it was; its files are, byte by byte, those of a run that was not stopped. The folder holds
@@ -17,7 +17,6 @@ where it was; its files are, byte by byte, those of a run that was not stopped. 
 Views that show a style are mixed from other rows' latents when a sample is drawn, and so are not here.
 """
 
-import argparse
 import functools
 import hashlib
 import inspect
@@ -25,9 +24,8 @@ import json
 import math
 import os
 import re
-import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +39,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..command import run_command
+from ..command import command_of
 from ..conversion.models import open_model, open_processor
 from ..files import UNFINISHED, write_whole
 from ..modeling_mmar.configuration_mmar import shorten
@@ -156,8 +154,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
         index = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(
-            f"expected a folder of latents; there is no {shorten(str(path))}. `python -m mmar.training.latents` makes "
-            "one."
+            f"expected a folder of latents; there is no {shorten(str(path))}. `mmar cache-latents` makes one."
         ) from error
     except (ValueError, RecursionError) as error:
         raise ValueError(
@@ -688,7 +685,7 @@ class LatentCache:
 # ------------------------------------------------------------------------------------------------------------- command
 
 
-def _columns(arguments: list[str]) -> dict[str, str]:
+def _columns(arguments: Sequence[str]) -> dict[str, str]:
     columns = {}
     for argument in arguments:
         key, _, name = argument.partition("=")
@@ -698,64 +695,85 @@ def _columns(arguments: list[str]) -> dict[str, str]:
     return columns
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", help="parquet, tar shards, folder of pictures, or id of a data set")
-    parser.add_argument("--model", required=True, help="folder or repository of an MMAR")
-    parser.add_argument("--out", required=True, type=Path, help="folder to write to, or to go on with")
-    parser.add_argument("--num_copies", type=int, default=0, help="views per picture and kind")
-    parser.add_argument("--shard_size", type=int, default=2048, help="rows per file")
-    parser.add_argument("--batch_size", type=int, default=64, help="pictures per pass of the VAE")
-    parser.add_argument("--seed", type=int, default=0, help="of the views")
-    parser.add_argument("--columns", nargs="+", default=[], metavar="KEY=NAME", help="the data's names of our columns")
-    parser.add_argument("--split", default="train", help="of a data set")
-    parser.add_argument("--image_folder", help="where relative paths of pictures start, and what all must lie in")
-    parser.add_argument("--num_workers", type=int, default=0, help="processes that open pictures and draw views")
-    # As torchrun sets them.
-    world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    parser.add_argument("--num_processes", type=int, default=world_size, help="that encode into this folder")
-    parser.add_argument("--process_index", type=int, default=rank, help="which of them this is, from 0")
-    args = parser.parse_args()
-    source = open_source(args.data, _columns(args.columns), args.split, args.image_folder)
-    model = open_model(args.model, "--model")
-    processor = open_processor(args.model, "--model")
+def main(
+    data: str,
+    model_name: str,
+    out: Path,
+    num_copies: int = 0,
+    shard_size: int = 2048,
+    batch_size: int = 64,
+    seed: int = 0,
+    columns: Sequence[str] = (),
+    split: str = "train",
+    image_folder: str | None = None,
+    num_workers: int = 0,
+    num_processes: int | None = None,
+    process_index: int | None = None,
+) -> None:
+    r"""
+    Encodes the images of a source, or goes on with it, and prints what came of it.
+
+    Args:
+        data (`str`): As for `open_source`, like `split` and `image_folder`.
+        model_name (`str`): Folder or repository of an MMAR.
+        out (`Path`): As `folder` for `cache_latents`, like the numbers below.
+        num_copies, shard_size, batch_size, seed, num_workers (`int`, *optional*): As for `cache_latents`.
+        columns (`Sequence[str]`, *optional*): `key=name`, the data's names of our columns.
+        split (`str`, *optional*, defaults to `"train"`): Of a data set.
+        image_folder (`str`, *optional*): Where relative paths of images start, and what all must lie in.
+        num_processes, process_index (`int`, *optional*): How many encode into the folder, and which of them this is;
+            as torchrun says by default.
+
+    Raises:
+        ValueError: If a column is not `key=name`, or as `open_source`, `open_model` and `cache_latents` raise.
+    """
+    if num_processes is None:
+        num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    if process_index is None:
+        process_index = int(os.environ.get("RANK", 0))
+    source = open_source(data, _columns(columns), split, image_folder)
+    model = open_model(model_name, "--model")
+    processor = open_processor(model_name, "--model")
     # Only the VAE is used from here on; a backbone has gigabytes.
     for name in [name for name, _ in model.named_children() if name != "vae"]:
         delattr(model, name)
     if torch.accelerator.is_available():
-        device = int(os.environ.get("LOCAL_RANK", args.process_index)) % torch.accelerator.device_count()
+        device = int(os.environ.get("LOCAL_RANK", process_index)) % torch.accelerator.device_count()
         model.vae.to(torch.device(torch.accelerator.current_accelerator().type, device))
-    words = [args.data, "--model", args.model, "--out", str(args.out), "--split", args.split]
-    for name in ("num_copies", "shard_size", "batch_size", "seed"):
-        words += [f"--{name}", str(getattr(args, name))]
-    words += ["--image_folder", args.image_folder] if args.image_folder is not None else []
-    words += ["--columns", *args.columns] if args.columns else []
+    command = command_of(
+        "cache-latents",
+        data,
+        model=model_name,
+        out=out,
+        split=split,
+        num_copies=num_copies,
+        shard_size=shard_size,
+        batch_size=batch_size,
+        seed=seed,
+        image_folder=image_folder,
+        columns=columns,
+    )
     broken = cache_latents(
         source,
         model,
         processor,
-        args.out,
-        args.num_copies,
-        args.shard_size,
-        args.batch_size,
-        args.seed,
-        args.num_workers,
-        args.num_processes,
-        args.process_index,
-        command=shlex.join(["python", "-m", "mmar.training.latents", *words]),
+        out,
+        num_copies,
+        shard_size,
+        batch_size,
+        seed,
+        num_workers,
+        num_processes,
+        process_index,
+        command=command,
     )
     if broken is None:
         print(
-            f"the shards of process {args.process_index} of {args.num_processes} are written; some of others are "
-            "still missing."
+            f"the shards of process {process_index} of {num_processes} are written; some of others are still missing."
         )
         return
-    print(f"{args.out}: latents of {len(source)} rows, {len(broken)} of them broken.")
+    print(f"{out}: latents of {len(source)} rows, {len(broken)} of them broken.")
     for entry in broken[:MAX_REASONS_SHOWN]:
         print(f"broken: row {entry['row']}, id {entry['id']}: {entry['reason']}")
     if len(broken) > MAX_REASONS_SHOWN:
-        print(f"and {len(broken) - MAX_REASONS_SHOWN} more, in {args.out / BROKEN_NAME}")
-
-
-if __name__ == "__main__":
-    run_command(main)
+        print(f"and {len(broken) - MAX_REASONS_SHOWN} more, in {out / BROKEN_NAME}")

@@ -68,8 +68,8 @@ def test_every_command_is_run_so(path: Path):
             "error: expected the facts of",
         ),
         (
-            "evaluation.fid",
-            ["checkpoints/mmar-tiny", "--captions", "no.json", "--real", "real", "--out", "out"],
+            "evaluate",
+            ["fid", "checkpoints/mmar-tiny", "--captions", "no.json", "--real", "real", "--out", "out"],
             "error: expected captions in COCO's layout",
         ),
         (
@@ -77,7 +77,7 @@ def test_every_command_is_run_so(path: Path):
             ["./nowhere", "out"],
             "error: `source` must be the folder of an MMAR or a repository of the Hub; got './nowhere'",
         ),
-        ("evaluation.geneval", ["scores", "no.jsonl"], "error: expected the results of GenEval's scorer"),
+        ("evaluate", ["geneval", "scores", "no.jsonl"], "error: expected the results of GenEval's scorer"),
         (
             "training.train_latent_encoder",
             [

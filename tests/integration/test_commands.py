@@ -19,7 +19,7 @@ from squares import COLOURS, make_processor, make_rows, make_squares_model
 
 from mmar import MMARForConditionalGeneration, MMARPipeline, MMARProcessor
 from mmar.evaluation import emoji_styles
-from mmar.training import init_tiny, latents, train_latent_encoder, train_vae
+from mmar.training import init_tiny, train_latent_encoder, train_vae
 from mmar.training.emoji_rows import DEPENDS_ON, QUESTIONS
 from mmar.training.train_vae import LATENT_ENCODER_NAME
 
@@ -94,7 +94,7 @@ def test_from_pictures_to_an_evaluated_checkpoint(tmp_path, data, monkeypatch, c
     )
 
     cache = tmp_path / "latents"
-    run(latents, monkeypatch, data, "--model", init, "--out", cache, "--num_copies", 1)
+    mmar("cache-latents", data, "--model", init, "--out", cache, "--num_copies", 1)
     reader = tmp_path / "reader"
     read = [init, "--data", data, "--latents", cache, "--eval_data", data, "--batch_size", 4, "--num_steps", 3]
     run(train_latent_encoder, monkeypatch, *read, "--out", reader)
@@ -117,7 +117,7 @@ def test_from_pictures_to_an_evaluated_checkpoint(tmp_path, data, monkeypatch, c
     assert all(torch.equal(again[name], weight) for name, weight in taught.items())
     without_kinds = tmp_path / "without_kinds.parquet"
     pq.write_table(pq.read_table(data).drop_columns(["depends_on"]), without_kinds)
-    run(latents, monkeypatch, without_kinds, "--model", init, "--out", tmp_path / "without_kinds")
+    mmar("cache-latents", without_kinds, "--model", init, "--out", tmp_path / "without_kinds")
     read[2], read[4] = without_kinds, tmp_path / "without_kinds"
     with pytest.raises(ValueError, match="`depends_on`"):
         run(train_latent_encoder, monkeypatch, *read, "--out", reader)
@@ -144,7 +144,7 @@ def test_from_pictures_to_an_evaluated_checkpoint(tmp_path, data, monkeypatch, c
     with pytest.raises(ValueError, match="latents"):
         mmar("train", *recipe, f"model={other}", "max_steps=6")
     others = tmp_path / "other_latents"
-    run(latents, monkeypatch, data, "--model", other, "--out", others, "--num_copies", 1)
+    mmar("cache-latents", data, "--model", other, "--out", others, "--num_copies", 1)
     with pytest.raises(ValueError, match="`model`"):
         mmar("train", *recipe, f"model={other}", f"latents={others}", "max_steps=6")
 

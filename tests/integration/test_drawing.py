@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import mmar
 from conftest import make_pipeline
 from diffusers import DDIMScheduler
 from drawing_prompts import ARGUMENTS, BATCH_SIZE, NUM_PICTURES, PROMPTS, draw
@@ -37,11 +38,6 @@ def contents(folder):
 def environment():
     paths = [str(ROOT), str(ROOT / "tests")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-
-
-def run(module, monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-    module.main()
 
 
 # Control tokens and marks that the words of others may hold.
@@ -250,13 +246,23 @@ def as_the_scorer_reads(folder):
 
 def test_geneval_is_drawn_by_two_ranks_as_by_one(tmp_path, metadata, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    run(geneval, monkeypatch, "draw", *TINY, "--metadata", metadata, "--out", tmp_path / "one")
+    mmar("evaluate", "geneval", "draw", *TINY, "--metadata", metadata, "--out", tmp_path / "one")
     assert capsys.readouterr().out.startswith(f"{tmp_path / 'one'}: 12 pictures of 3 prompts.")
     four = {f"{i:04d}.png": (64, 64) for i in range(4)}
     assert as_the_scorer_reads(tmp_path / "one") == {f"{i:05d}": (row, four) for i, row in enumerate(METADATA)}
 
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "-m", "mmar.evaluation.geneval", "draw"]
+    command += [
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        "localhost:0",
+        "-m",
+        "mmar",
+        "evaluate",
+        "geneval",
+        "draw",
+    ]
     command += [*TINY, "--metadata", str(metadata), "--out", str(tmp_path / "two")]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -266,10 +272,12 @@ def test_geneval_is_drawn_by_two_ranks_as_by_one(tmp_path, metadata, monkeypatch
 
     # One process goes on where two have begun, and finds nothing to do.
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
-    run(geneval, monkeypatch, "draw", *TINY, "--metadata", metadata, "--out", tmp_path / "two")
+    mmar("evaluate", "geneval", "draw", *TINY, "--metadata", metadata, "--out", tmp_path / "two")
     assert times == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
     with pytest.raises(ValueError, match="prompts"):
-        run(geneval, monkeypatch, "draw", *TINY, "--metadata", metadata, "--out", tmp_path / "two", "--num_prompts", 2)
+        mmar(
+            "evaluate", "geneval", "draw", *TINY, "--metadata", metadata, "--out", tmp_path / "two", "--num_prompts", 2
+        )
 
 
 @pytest.mark.parametrize("command", ["geneval", "dpg"])
@@ -279,10 +287,10 @@ def test_marks_and_control_tokens_in_a_prompt_are_its_words(tmp_path, monkeypatc
     if command == "geneval":
         row = {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": ODD_PROMPT}
         (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
-        run(geneval, monkeypatch, "draw", *TINY, "--metadata", tmp_path / "metadata.jsonl", "--out", out)
+        mmar("evaluate", "geneval", "draw", *TINY, "--metadata", tmp_path / "metadata.jsonl", "--out", out)
     else:
         (tmp_path / "1.txt").write_text(ODD_PROMPT)
-        run(dpg, monkeypatch, *TINY, "--prompts", tmp_path, "--out", out)
+        mmar("evaluate", "dpg", *TINY, "--prompts", tmp_path, "--out", out)
     drawn = {Image.open(path).tobytes() for path in out.rglob("samples/**/*.png")}
     assert len(drawn) == 4
     words = MMARProcessor.from_pretrained("checkpoints/mmar-tiny").generation_inputs(ODD_PROMPT)["input_ids"]
@@ -337,7 +345,7 @@ def test_other_metadata(tmp_path, monkeypatch, text, message):
     if text is not None:
         path.write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=message):
-        run(geneval, monkeypatch, "draw", *TINY, "--metadata", path, "--out", tmp_path / "out")
+        mmar("evaluate", "geneval", "draw", *TINY, "--metadata", path, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -356,7 +364,7 @@ def test_a_file_is_no_folder_to_draw_into(metadata, monkeypatch):
     """That shows before a model is loaded, which would take minutes."""
     for out in (metadata, metadata / "geneval"):
         with pytest.raises(ValueError, match="--out"):
-            run(geneval, monkeypatch, "draw", "no/model", "--metadata", metadata, "--out", out)
+            mmar("evaluate", "geneval", "draw", "no/model", "--metadata", metadata, "--out", out)
 
 
 def test_scores_are_the_mean_over_tags(tmp_path, monkeypatch, capsys):
@@ -365,7 +373,7 @@ def test_scores_are_the_mean_over_tags(tmp_path, monkeypatch, capsys):
     lines += [result_line("colors", "a red car", hit) for hit in (True, True, True, False)]
     path = tmp_path / "results.jsonl"
     path.write_text("\n".join(lines) + "\n")
-    run(geneval, monkeypatch, "scores", path, "--out", tmp_path / "scores.json")
+    mmar("evaluate", "geneval", "scores", path, "--out", tmp_path / "scores.json")
     assert json.loads((tmp_path / "scores.json").read_text()) == {
         "overall": (1 / 8 + 3 / 4) / 2,
         "tags": {
@@ -400,7 +408,7 @@ def test_dpg_grids_are_as_the_scorer_cuts_them(tmp_path, monkeypatch, capsys):
     prompts.mkdir()
     for name, text in (("1", "a red crab,\nfrom above\n"), ("coco_7", "two blue cups"), ("3", "a dog")):
         (prompts / f"{name}.txt").write_text(text)
-    run(dpg, monkeypatch, *TINY, "--prompts", prompts, "--out", out, "--num_prompts", 2)
+    mmar("evaluate", "dpg", *TINY, "--prompts", prompts, "--out", out, "--num_prompts", 2)
     said = capsys.readouterr().out
     assert "2 grids" in said and said.rstrip().endswith("with that folder and 64.")
     assert sorted(path.name for path in (out / "grids").iterdir()) == ["1.png", "3.png"]

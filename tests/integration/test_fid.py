@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
+from commands import mmar
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -101,8 +103,7 @@ def run(monkeypatch, data):
     def run(out, *arguments, real=None, extractor=("--extractor", EXTRACTOR)):
         words = ["checkpoints/mmar-tiny", "--captions", data / "captions.json", "--real", real or data / "real"]
         words += ["--out", out, "--num_ar_steps", 2, "--num_inference_steps", 2, *extractor, *arguments]
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, words)])
-        fid.main()
+        mmar("evaluate", "fid", *words)
         return json.loads((out / "result.json").read_text())
 
     return run
@@ -199,7 +200,7 @@ def test_from_captions_to_the_result(tmp_path, run, data, capsys):
     assert result["resolution"]["drawn"] == 64 and "bicubic" in result["resolution"]["real"]
     assert result["options"]["num_ar_steps"] == 2 and result["options"]["seed"] == 3
     assert result["versions"].keys() >= {"torch", "torch_fidelity", "mmar"}
-    assert "--num_prompts 7" in result["command"] and result["model_sha256"]
+    assert "--num-prompts 7" in result["command"] and result["model_sha256"]
 
     # Again, from the statistics that were left: nothing is drawn, and the distance is the same.
     times = {path: path.stat().st_mtime_ns for path in drawn}
@@ -237,7 +238,7 @@ def test_what_is_wrong_shows_before_anything_is_drawn(tmp_path, run, data):
             run(out, "--num_prompts", number)
     with pytest.raises(ValueError, match="`num_prompts`"):
         run(out)
-    with pytest.raises(ValueError, match="`feature_batch_size`"):
+    with pytest.raises(typer.BadParameter, match="greater than or equal to 1"):
         run(out, "--num_prompts", 2, "--feature_batch_size", 0)
     assert not out.exists()
 

@@ -171,9 +171,11 @@ def test_the_kits_own_command_runs_a_registered_model(tables, result, tmp_path):
 @pytest.mark.skipif(not VQA_MINI.is_dir(), reason="needs the small benchmarks of shared/")
 def test_the_bundled_model_on_real_benchmarks(tmp_path):
     names = ["POPE_MINI", "NLVR1_TEST_MINI", "GROCERY_MCQ_TEST"]
-    arguments = ["checkpoints/mmar-tiny", "--data", *(VQA_MINI / f"{name}.tsv" for name in names)]
+    arguments = ["checkpoints/mmar-tiny"]
+    for name in names:
+        arguments += ["--data", VQA_MINI / f"{name}.tsv"]
     arguments += ["--work_dir", tmp_path / "work", "--limit", 4, "--batch_size", 4, "--max_new_tokens", 12]
-    done = run_kit(tmp_path, "mmar.evaluation.vlmevalkit_adapter", *arguments)
+    done = run_kit(tmp_path, "mmar", "evaluate", "vlmevalkit", *arguments)
     assert done.returncode == 0, done.stderr[-6000:]
     for name in names:
         folder = tmp_path / "work" / "mmar-tiny" / name
@@ -187,7 +189,7 @@ def test_the_bundled_model_on_real_benchmarks(tmp_path):
 @pytest.mark.skipif(KITS is not None or importlib.util.find_spec("vlmeval") is not None, reason="VLMEvalKit is here")
 def test_without_the_kit_the_adapter_says_how_to_install_it():
     done = subprocess.run(
-        [sys.executable, "-m", "mmar.evaluation.vlmevalkit_adapter", "--help"],
+        [sys.executable, "-m", "mmar", "evaluate", "vlmevalkit", "model", "--data", "POPE", "--work-dir", "work"],
         capture_output=True,
         text=True,
         cwd=ROOT,

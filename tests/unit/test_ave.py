@@ -2,11 +2,10 @@
 
 import csv
 import json
-import sys
 
 import pytest
+from commands import mmar
 
-from mmar.evaluation import ave
 from mmar.evaluation.ave import ROWS, ave18, read_results, read_scores
 
 
@@ -158,15 +157,14 @@ def write_results(folder, scores, model="mmar-7b"):
     (folder / f"{model}_OCRBench_score.json").write_text(json.dumps(final))
 
 
-def test_result_files_of_vlmevalkit(tmp_path, monkeypatch, capsys):
+def test_result_files_of_vlmevalkit(tmp_path, capsys):
     expected = scores_of(6)
     write_results(tmp_path, expected)
     # As a spreadsheet saves it: with a byte order mark.
     chart = tmp_path / "mmar-7b_ChartQA_TEST_acc.csv"
     chart.write_text(chart.read_text(), encoding="utf-8-sig")
     assert read_results(tmp_path) == pytest.approx(expected, rel=1e-12)
-    monkeypatch.setattr(sys, "argv", ["ave", str(tmp_path)])
-    ave.main()
+    mmar("evaluate", "ave", tmp_path)
     assert json.loads(capsys.readouterr().out)["AVE@18"] == 48.25
 
 

@@ -1,9 +1,8 @@
 """The memory that a config promises is the memory that a run takes."""
 
-import sys
-
 import pytest
 import torch
+from commands import mmar
 from helpers import IMAGE, random_latents, random_text, tiny_config, tiny_model
 from transformers import DynamicCache
 
@@ -13,7 +12,6 @@ from mmar.evaluation.memory import (
     AllocatedMemory,
     cache_bytes,
     inference_memory,
-    main,
     make_gradients,
     meta_model,
     peak_of,
@@ -132,9 +130,8 @@ def test_inference_needs_what_drawing_needs():
     assert memory["activations"] >= 0.9 * decoding
 
 
-def test_command(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["memory", "mmar-tiny", "--batch_size", "2"])
-    main()
+def test_command(capsys):
+    mmar("memory", "mmar-tiny", "--batch_size", "2")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "| GB | weights | gradients | optimizer | EMA | autocast | activations | cache | together |"
     assert [line.split(" | ")[0] for line in lines[2:]] == [
