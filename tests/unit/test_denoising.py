@@ -87,6 +87,10 @@ def test_steps_with_memory_or_unknown_ones_are_not_read_off():
     for scheduler_class in (DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, MyScheduler):
         scheduler = scheduler_class.from_config(LINEAR["DDPM"].config)
         assert LinearSteps.of(scheduler, 5) is None
+    # The first step divides by an alpha-bar of 0.
+    assert (
+        LinearSteps.of(DDPMScheduler(**SCHEDULE, rescale_betas_zero_snr=True, timestep_spacing="trailing"), 3) is None
+    )
     # Reading off leaves the scheduler as it was.
     scheduler = DDPMScheduler(**SCHEDULE)
     LinearSteps.of(scheduler, 5)

@@ -1,6 +1,7 @@
 """Text with every cache, beams, sampling and streams; pictures with generators, schedulers and known tokens."""
 
 import copy
+import dataclasses
 from threading import Thread
 
 import pytest
@@ -694,6 +695,9 @@ def test_callback_may_change_the_guidance(model, monkeypatch, scale, meant):
 def test_callback_cannot_begin_guidance(model):
     with pytest.raises(ValueError, match="must leave guidance off in a call that began without; .* 2. Begin with one"):
         draw(model, guidance_scale=1.0, callback=lambda *args: {"guidance_scale": 2})
+    unguided = draw(model, generator=seeded(0), guidance_scale=1.0)
+    options = {"guidance_scale": 1.0, "callback": lambda *args: {"guidance_scale": 1.0}}
+    assert torch.equal(draw(model, generator=seeded(0), **options), unguided)
 
 
 def test_defaults_come_from_the_config(model):
@@ -750,6 +754,13 @@ def test_presets(model, monkeypatch, preset):
     # What is given wins.
     _, calls = rounds_and_steps(model, monkeypatch, preset=preset, num_inference_steps=3)
     assert [len(round_) for round_ in calls] == [3] * len(PRESET_ROUNDS[preset])
+
+
+@pytest.mark.parametrize("preset", [None, *PRESETS])
+def test_a_preset_takes_at_least_one_step_and_no_more_than_there_are_latents_to_generate(model, preset):
+    chosen = model.image_preset(preset)
+    assert model.num_ar_steps(chosen, 1) == 1 and 1 < model.num_ar_steps(chosen, 16) <= 16
+    assert model.num_ar_steps(dataclasses.replace(chosen, ar_steps_per_latent=1e-3), 16) == 1
 
 
 def test_steps_change_evenly_over_the_rounds(model, monkeypatch):
