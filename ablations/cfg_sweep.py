@@ -12,11 +12,11 @@ import argparse
 import json
 from pathlib import Path
 
-from ..benchmarks.quality import claim, folder_of, run
 from ..command import run_command
 from ..conversion.models import open_pipeline
+from ..evaluation.judging import claim, folder_of, run
 from ..training.emoji_rows import read_rows
-from .study import STUDENT, cell, check_plots, interval, plot_path, table, told, write_page
+from .study import STUDENT, cell, check_plots, plot_path, plot_spread, table, told, write_page
 
 
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 15.0, 20.0)
@@ -33,11 +33,9 @@ def plot(figures: dict[float, list[dict[str, float]]], file: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
-    for axes, (key, factor, label) in zip(
-        figure.subplots(1, 2), (("frechet", 1, "Frechet"), ("name_top1", 100, "drawings named, %")), strict=True
-    ):
-        means, halves = zip(*(interval([own[key] for own in runs]) for runs in figures.values()), strict=True)
-        axes.errorbar(list(figures), [factor * m for m in means], [factor * h for h in halves], marker="o", capsize=4)
+    labels = {"frechet": "Frechet", "name_top1": "drawings named, %"}
+    for axes, (key, label) in zip(figure.subplots(1, 2), labels.items(), strict=True):
+        plot_spread(axes, figures, key, None)
         axes.set(xlabel="guidance scale", ylabel=label)
     figure.savefig(file)
 

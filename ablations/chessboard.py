@@ -27,8 +27,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..benchmarks.timing import commit, processor, versions
 from ..command import run_command
+from ..evaluation.provenance import commit, processor, versions
 from ..modeling_mmar.configuration_mmar import MMARDiffusionConfig
 from ..modeling_mmar.diffusion_mmar import (
     TIMESTEP_INITIAL_STD,

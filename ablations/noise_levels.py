@@ -21,10 +21,10 @@ from .study import (
     Trial,
     add_arguments,
     cell,
-    interval,
     open_pipeline,
     open_study,
     plot_path,
+    plot_spread,
     table,
     told,
     write_figures,
@@ -43,16 +43,7 @@ def plot(figures: dict[int, list[dict[str, float]]], file: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     shares, nats = figure.subplots(1, 2)
     for key, label in COLUMNS.items():
-        axes, factor = (nats, 1) if key == "name_loss" else (shares, 100)
-        means, halves = zip(*(interval([own[key] for own in runs]) for runs in figures.values()), strict=True)
-        axes.errorbar(
-            list(figures),
-            [factor * m for m in means],
-            [factor * h for h in halves],
-            marker="o",
-            capsize=4,
-            label=label,
-        )
+        plot_spread(nats if key == "name_loss" else shares, figures, key, label)
     shares.set(xlabel="noise level of the picture", ylabel="answered exactly, %")
     shares.legend()
     nats.set(xlabel="noise level of the picture", ylabel=COLUMNS["name_loss"])

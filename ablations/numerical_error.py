@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..benchmarks.timing import commit, processor, versions
 from ..command import run_command
 from ..conversion.models import open_pipeline
+from ..evaluation.provenance import commit, processor, versions
 from ..modeling_mmar.configuration_mmar import MMARDiffusionConfig
 from ..modeling_mmar.diffusion_mmar import MMARDiffusionMLP, cosine_alphas_cumprod, diffusion_loss
 from ..modeling_mmar.parameterization_mmar import add_noise, v_from_epsilon, v_target

@@ -21,9 +21,9 @@ from .study import (
     Trial,
     add_arguments,
     cell,
-    interval,
     open_study,
     plot_path,
+    plot_spread,
     recipe_steps,
     table,
     told,
@@ -73,12 +73,9 @@ def plot(axes_of_study: dict[str, dict[object, list[dict[str, float]]]], file: P
     for axes, (label, runs) in zip(
         figure.subplots(1, len(axes_of_study), sharey=True), axes_of_study.items(), strict=True
     ):
+        runs = {str(place).replace(", ", "\n"): outcomes for place, outcomes in runs.items()}
         for key in ("name", "name_top1"):
-            means, halves = zip(*(interval([own[key] for own in outcomes]) for outcomes in runs.values()), strict=True)
-            places = [str(place).replace(", ", "\n") for place in runs]
-            axes.errorbar(
-                places, [100 * m for m in means], [100 * h for h in halves], marker="o", capsize=4, label=LABELS[key]
-            )
+            plot_spread(axes, runs, key, LABELS[key])
         axes.set(xlabel=label, ylabel="%")
         axes.legend()
     figure.savefig(file)

@@ -12,7 +12,7 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
@@ -24,11 +24,11 @@ import torch
 import yaml
 from transformers.utils import is_matplotlib_available
 
-from ..benchmarks.timing import commit, processor, versions
 from ..conversion.folders import new_folder
 from ..evaluation.answers import MMARAnswerer
 from ..evaluation.emoji_styles import BATCH_SIZE, ask, chat_about, draw
-from ..files import check_folder
+from ..evaluation.provenance import commit, processor, versions
+from ..files import check_folder, write_whole
 from ..modeling_mmar.configuration_mmar import MMARConfig, shorten
 from ..modeling_mmar.saving_mmar import sha256_of
 from ..pipelines.pipeline_mmar import MMARPipeline
@@ -355,9 +355,7 @@ def _step_of(state: Path) -> int:
 
 def write_figures(file: Path, values: dict[str, Any]) -> None:
     """Whole or not there."""
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(values, indent=1) + "\n")
-    partial.replace(file)
+    write_whole(file, f"{json.dumps(values, indent=1)}\n".encode())
 
 
 def _call(command: str, *words: object) -> None:
@@ -385,16 +383,27 @@ def cell(runs: Sequence[dict[str, float]], figure: str) -> str:
     return f"{factor * mean:.{decimals}f}{spread}{unit}"
 
 
+def spread(figures: Mapping[Any, Sequence[dict[str, float]]], key: str) -> tuple[list[float], list[float]]:
+    """Means of a figure over the runs at each place, and half of their intervals; shares in percent."""
+    factor = 1 if key in DECIMALS else 100
+    means, halves = zip(*(interval([factor * own[key] for own in runs]) for runs in figures.values()), strict=True)
+    return list(means), list(halves)
+
+
+def plot_spread(axes: Any, figures: Mapping[Any, Sequence[dict[str, float]]], key: str, label: str | None) -> None:
+    """A line over the places of `figures`, with the interval at each."""
+    axes.errorbar(list(figures), *spread(figures, key), marker="o", capsize=4, label=label)
+
+
 def plot_bars(figures: dict[str, Sequence[dict[str, float]]], keys: Sequence[str], file: Path) -> None:
     """One panel per figure, with a bar for each name's runs and Student's interval over their seeds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(max(3.5, 0.8 * len(figures)) * len(keys) + 1, 4), layout="constrained")
     for axes, key in zip(figure.subplots(1, len(keys)), keys, strict=True):
-        factor, unit = (1, "") if key in DECIMALS else (100, ", %")
-        means, halves = zip(*(interval([own[key] for own in runs]) for runs in figures.values()), strict=True)
-        axes.bar(list(figures), [factor * mean for mean in means], yerr=[factor * half for half in halves], capsize=4)
-        axes.set(title=LABELS[key] + unit)
+        means, halves = spread(figures, key)
+        axes.bar(list(figures), means, yerr=halves, capsize=4)
+        axes.set(title=LABELS[key] + ("" if key in DECIMALS else ", %"))
         axes.tick_params(axis="x", rotation=30)
         for label in axes.get_xticklabels():
             label.set_horizontalalignment("right")

@@ -24,12 +24,13 @@ from transformers import Qwen2ForCausalLM
 
 from ..command import run_command
 from ..conversion.init_from_qwen2 import load_preset
+from ..evaluation.provenance import commit, processor, versions
 from ..files import check_folder
 from ..modeling_mmar.configuration_mmar import MMARConfig
 from ..modeling_mmar.fast_generation_mmar import PackedLinear, can_pack
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from .mar_sampler import TableSampler
-from .timing import Ratio, commit, peak_gibibytes, processor, take_turns, versions
+from .timing import Ratio, peak_gibibytes, take_turns
 
 
 SEED, GUIDANCE = 0, 3.0

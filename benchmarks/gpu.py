@@ -27,11 +27,11 @@ from transformers import set_seed
 
 from ..command import run_command
 from ..conversion.init_from_qwen2 import load_preset
+from ..evaluation.provenance import commit, versions
 from ..files import check_folder
 from ..modeling_mmar.configuration_mmar import MMARConfig
 from ..modeling_mmar.generation_mmar import PRESETS
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
-from .timing import commit, versions
 
 
 NUM_TEXT, GUIDANCE, BRANCHES, SEED = 32, 3.0, 2, 0

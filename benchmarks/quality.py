@@ -9,33 +9,21 @@ with a captions.jsonl. Each drawing and judgement is kept under `--work`; starte
 """
 
 import argparse
-import hashlib
-import json
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from tqdm.auto import tqdm
 
 from ..command import run_command
 from ..conversion.models import open_pipeline
-from ..evaluation.emoji_styles import draw
+from ..evaluation.judging import FIGURES, SCHEDULERS, claim, folder_of, run
+from ..evaluation.provenance import commit, processor, versions
 from ..files import check_folder
 from ..modeling_mmar.generation_mmar import PRESETS
-from ..pipelines.pipeline_mmar import MMARPipeline
 from ..training.emoji_rows import read_rows
-from .timing import commit, processor, versions
-
-
-FIGURES = ("name_top1", "name_top5", "style", "frechet")
-SCHEDULERS = {"DDIM": DDIMScheduler, "DPM-Solver++": DPMSolverMultistepScheduler}
 
 
 def settings(num_latents: int) -> dict[str, dict[str, dict[str, Any]]]:
@@ -67,64 +55,6 @@ def settings(num_latents: int) -> dict[str, dict[str, dict[str, Any]]]:
             for start, end in ((0.0, 0.5), (0.25, 0.75), (0.5, 1.0))
         },
     }
-
-
-def run(
-    pipe: MMARPipeline, rows: list[dict[str, Any]], judge: Path, folder: Path, seed: int, arguments: dict[str, Any]
-) -> dict[str, float]:
-    """The judge's figures for one drawing of all rows, and its CPU seconds per picture; read, if made before."""
-    file = folder / "judged.json"
-    if file.is_file():
-        return json.loads(file.read_text())
-    scheduler, is_on_cpu = pipe.scheduler, pipe.device.type == "cpu"
-    # Pictures are on the host when they are drawn, so wall time is a device's too.
-    clock = time.process_time if is_on_cpu else time.perf_counter
-    if "scheduler" in arguments:
-        pipe.scheduler = SCHEDULERS[arguments["scheduler"]].from_config(scheduler.config)
-    try:
-        start = clock()
-        own = {name: value for name, value in arguments.items() if name != "scheduler"}
-        draw(pipe, rows, folder, seed, **own)
-        seconds = (clock() - start) / len(rows)
-    finally:
-        pipe.scheduler = scheduler
-    done = subprocess.run([sys.executable, str(judge), str(folder)], stdout=subprocess.PIPE, text=True)
-    try:
-        figures = json.loads(done.stdout)
-        judged = {"seconds": seconds, **{name: float(figures[name]) for name in FIGURES}}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"expected a JSON of {', '.join(FIGURES)} from {judge.name}; it ended with {done.returncode} and wrote "
-            f"{done.stdout[:200]!r}. Its own messages are above."
-        ) from error
-    # Whole or not there.
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(judged) + "\n")
-    partial.replace(file)
-    return judged
-
-
-def folder_of(work: Path, judge: Path, scheduler: Any, seed: int, arguments: dict[str, Any]) -> Path:
-    """Where the drawings of a setting lie, by all that they and their figures hang on."""
-    parts = {"arguments": arguments, "scheduler": dict(scheduler.config), "seed": seed}
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode() + judge.read_bytes())
-    return work / digest.hexdigest()[:16]
-
-
-def claim(work: Path, pipe: MMARPipeline, rows: list[dict[str, Any]]) -> None:
-    """Raises a `ValueError` if a folder holds drawings of another model or of other rows; marks it else."""
-    digest = hashlib.sha256()
-    for parameter in pipe.model.parameters():
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    digest.update(json.dumps([[row[name] for name in ("captions", "label", "style")] for row in rows]).encode())
-    file = work / "drawings_of.json"
-    if file.is_file() and json.loads(file.read_text()) != digest.hexdigest():
-        raise ValueError(
-            f"expected drawings of this model and these rows in {str(work)!r}; got those of others. Name another "
-            "folder as --work, or delete it."
-        )
-    work.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(digest.hexdigest()))
 
 
 def over_seeds(judged: Iterable[dict[str, float]]) -> dict[str, tuple[float, float]]:

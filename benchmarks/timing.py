@@ -1,15 +1,10 @@
-"""Times of computations that take turns in one run: CPU time, medians and spread; and where they were measured."""
+"""Times of computations that take turns in one run: CPU time, medians and spread."""
 
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-import transformers
 
 
 def cpu_seconds(run: Callable[[], object]) -> float:
@@ -49,30 +44,6 @@ class Ratio:
         return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
-def commit() -> str:
-    """The checkout's commit, and whether there are changes on top, other than of the pages of results."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    code = [":(top)", ":(top,exclude)docs/results"]
-    try:
-        name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "--", *code], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return name.stdout.strip() + (" with changes" if changed.stdout.strip() else "")
-
-
-def processor() -> str:
-    """The processor's name."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
-
-
 def peak_gibibytes() -> float | None:
     """The largest memory that this process had, where the system tells."""
     status = Path("/proc/self/status")
@@ -80,8 +51,3 @@ def peak_gibibytes() -> float | None:
         return None
     line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) / 2**20  # of KiB
-
-
-def versions() -> str:
-    """Of the libraries that the times hang on."""
-    return f"torch {torch.__version__}, transformers {transformers.__version__}"

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from ..command import run_command
 from ..conversion.init_from_qwen2 import load_preset
+from ..evaluation.provenance import commit, processor, versions
 from ..files import check_folder
 from ..modeling_mmar.configuration_mmar import MMARConfig
 from ..modeling_mmar.diffusion_mmar import MMARDiffusionMLP, cosine_alphas_cumprod, diffusion_losses
@@ -30,7 +31,7 @@ from ..modeling_mmar.masking_mmar import image_block_ids, shared_position_ids
 from ..modeling_mmar.modeling_mmar import MMARAutoencoderKL
 from ..modeling_mmar.plora_mmar import MMARQwen2Model, PLoRALinear
 from ..modeling_mmar.prefix_mmar import MIN_PREFIX_SHARE
-from .timing import commit, medians, processor, versions
+from .timing import medians
 
 
 SEED = 0

@@ -21,7 +21,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..files import path_inside
+from ..files import path_inside, write_whole
 from ..modeling_mmar.configuration_mmar import shorten, shorten_names
 from ..modeling_mmar.modeling_mmar import MMARAutoencoderKL
 from ..modeling_mmar.saving_mmar import fetch_part, open_weights, weights_files
@@ -274,9 +274,7 @@ def write_scale(folder: Path, config: dict[str, Any], moments: LatentMoments, mo
     of_vae = config["vae_config"] if _is_of_mmar(config) else config
     changed = {**of_vae, **entries}
     changed = {**config, "vae_config": changed} if _is_of_mmar(config) else changed
-    unfinished = folder / "config.json.unfinished"
-    unfinished.write_text(json.dumps(changed, indent=2, sort_keys=True) + "\n", encoding="utf-8", newline="\n")
-    unfinished.replace(folder / "config.json")
+    write_whole(folder / "config.json", f"{json.dumps(changed, indent=2, sort_keys=True)}\n".encode())
     return entries
 
 

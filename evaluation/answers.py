@@ -1,7 +1,5 @@
 """Answers and log-likelihoods of chats in batches: what the adapters of evaluation kits share. Needs no kit."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +12,7 @@ from ..conversion.models import default_device, default_dtype
 from ..modeling_mmar.configuration_mmar import shorten, shorten_names
 from ..pipelines.pipeline_mmar import MMARPipeline
 from ..processors.processing_mmar import MMARProcessor
+from ..training.fingerprint import fingerprint
 
 
 # Tokens of an answer, where neither the caller nor the model's generation_config says how many.
@@ -139,10 +138,8 @@ class MMARAnswerer:
 
     def fingerprint(self) -> str:
         """Hash of a few values of each weight: tells one training of a model from another."""
-        digest = hashlib.sha256(json.dumps(self.model.config.to_diff_dict(), sort_keys=True, default=str).encode())
-        for weight in self.model.parameters():
-            digest.update(weight.detach().flatten()[:NUM_HASHED_VALUES].double().cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        few = {name: weight.flatten()[:NUM_HASHED_VALUES] for name, weight in self.model.named_parameters()}
+        return fingerprint(self.model.config.to_diff_dict(), few)[:16]
 
     def features(self, chats: Sequence[list[dict[str, Any]]]) -> BatchFeature:
         r"""

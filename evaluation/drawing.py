@@ -31,6 +31,7 @@ from ..conversion.models import open_pipeline
 from ..files import UNFINISHED, check_folder, write_whole
 from ..modeling_mmar.configuration_mmar import shorten
 from ..pipelines.pipeline_mmar import MMARPipeline
+from ..training.fingerprint import fingerprint
 from ..training.mixture import stable_hash
 
 
@@ -188,11 +189,7 @@ def model_sha256(model: nn.Module) -> str:
     Returns:
         `str`: SHA-256 of its config and of its weights, in their dtype and the order of their names.
     """
-    digest = hashlib.sha256(json.dumps(_lasting(model.config.to_dict()), sort_keys=True, default=str).encode())
-    for name, weight in sorted(model.state_dict().items()):
-        digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
-        digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return fingerprint(_lasting(model.config.to_dict()), model.state_dict())
 
 
 def _describe(

@@ -46,6 +46,7 @@ from ..modeling_mmar.configuration_mmar import shorten
 from ..modeling_mmar.modeling_mmar import MMARForConditionalGeneration
 from ..processors.image_processing_mmar import DEFAULTS, MMARImageProcessor, read_image_file
 from ..processors.processing_mmar import MMARProcessor
+from .fingerprint import fingerprint
 from .mixture import stable_hash
 from .rows import BadRow, as_bad_row, open_pictures, pictures_of
 from .sources import Source, open_source
@@ -95,11 +96,7 @@ def vae_sha256(model: MMARForConditionalGeneration) -> str:
         for name, value in config.items()
         if not name.startswith("_") and (name not in defaults or value != defaults[name])
     }
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, weight in sorted(model.vae.state_dict().items()):
-        digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
-        digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return fingerprint(config, model.vae.state_dict())
 
 
 def pictures_sha256(source: Source) -> str:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from helpers import tiny_config
 
-from mmar.benchmarks import generation, gpu, timing
+from mmar.benchmarks import generation, gpu
 from mmar.benchmarks.timing import Ratio, take_turns
+from mmar.evaluation import provenance
 
 
 # Three rounds of a few products; float32 sums in another order, states near 10.
@@ -175,15 +176,15 @@ def test_a_page_names_the_commit_and_what_changed_since(tmp_path, monkeypatch):
         return done.stdout.strip()
 
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    monkeypatch.setattr(timing, "__file__", str(tmp_path / "benchmarks" / "timing.py"))
-    (tmp_path / "benchmarks").mkdir()
-    assert timing.commit() == "unknown"
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "evaluation" / "provenance.py"))
+    (tmp_path / "evaluation").mkdir()
+    assert provenance.commit() == "unknown"
     git("init")
     git("commit", "--allow-empty", "-m", "first")
     name = git("rev-parse", "--short", "HEAD")
     page = tmp_path / "docs" / "results" / "page.md"
     page.parent.mkdir(parents=True)
     page.write_text("what a benchmark has just written")
-    assert timing.commit() == name
+    assert provenance.commit() == name
     (tmp_path / "module.py").write_text("")
-    assert timing.commit() == f"{name} with changes"
+    assert provenance.commit() == f"{name} with changes"

@@ -4,9 +4,11 @@ import sys
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from PIL import Image
 
 from mmar.benchmarks import quality
+from mmar.evaluation import judging
 from mmar.modeling_mmar.generation_mmar import PRESETS
 from mmar.modeling_mmar.masking_mmar import ORDERS
 
@@ -27,7 +29,7 @@ class Pipe:
     """Draws white pictures and remembers how it was asked."""
 
     def __init__(self):
-        self.model, self.scheduler, self.calls = Model(2, 2), quality.DDIMScheduler(), []
+        self.model, self.scheduler, self.calls = Model(2, 2), DDIMScheduler(), []
         self.device = torch.device("cpu")
 
     def set_progress_bar_config(self, **kwargs):
@@ -43,7 +45,7 @@ def test_every_opt_in_setting_is_varied():
     arguments = [own for variants in groups.values() for own in variants.values()]
     assert {own["preset"] for own in arguments if "preset" in own} == set(PRESETS)
     assert {own["order"] for own in arguments if "order" in own} == set(ORDERS)
-    assert {own["scheduler"] for own in arguments if "scheduler" in own} == set(quality.SCHEDULERS)
+    assert {own["scheduler"] for own in arguments if "scheduler" in own} == set(judging.SCHEDULERS)
     assert sorted(own["num_ar_steps"] for own in groups["AR steps, 100 steps of DDPM"].values()) == [1, 2, 4, 8]
     assert any("guidance_interval" in own for own in arguments)
     assert any(isinstance(own.get("num_inference_steps"), tuple) for own in arguments)
@@ -53,11 +55,11 @@ def test_drawings_are_judged_once_and_kept(tmp_path):
     judge, pipe = tmp_path / "judge.py", Pipe()
     judge.write_text(JUDGE)
     arguments = {"num_inference_steps": 5, "scheduler": "DPM-Solver++"}
-    judged = quality.run(pipe, ROWS, judge, tmp_path / "drawings", 0, arguments)
+    judged = judging.run(pipe, ROWS, judge, tmp_path / "drawings", 0, arguments)
     assert judged["name_top1"] == 0.5 and judged["frechet"] == 3.0 and judged["seconds"] > 0
     assert pipe.calls == [(3, "DPMSolverMultistepScheduler", {"num_inference_steps": 5})]
-    assert type(pipe.scheduler) is quality.DDIMScheduler
-    assert quality.run(pipe, ROWS, judge, tmp_path / "drawings", 0, arguments) == judged
+    assert type(pipe.scheduler) is DDIMScheduler
+    assert judging.run(pipe, ROWS, judge, tmp_path / "drawings", 0, arguments) == judged
     assert len(pipe.calls) == 1
 
 
@@ -66,35 +68,35 @@ def test_a_judge_that_fails(tmp_path, says):
     judge = tmp_path / "judge.py"
     judge.write_text(says)
     with pytest.raises(ValueError, match="judge.py"):
-        quality.run(Pipe(), ROWS, judge, tmp_path / "drawings", 0, {})
+        judging.run(Pipe(), ROWS, judge, tmp_path / "drawings", 0, {})
     assert not (tmp_path / "drawings" / "judged.json").exists()
 
 
 def test_drawings_of_other_settings_have_other_folders(tmp_path):
-    judge, other_judge, scheduler = tmp_path / "judge.py", tmp_path / "other.py", quality.DDIMScheduler()
+    judge, other_judge, scheduler = tmp_path / "judge.py", tmp_path / "other.py", DDIMScheduler()
     judge.write_text(JUDGE)
     other_judge.write_text(JUDGE + "# stricter")
     folders = {
-        quality.folder_of(tmp_path, judge, scheduler, 0, {"order": "raster"}),
-        quality.folder_of(tmp_path, judge, scheduler, 0, {"order": "random"}),
-        quality.folder_of(tmp_path, judge, scheduler, 3, {"order": "raster"}),
-        quality.folder_of(tmp_path, other_judge, scheduler, 0, {"order": "raster"}),
-        quality.folder_of(tmp_path, judge, quality.DDIMScheduler(steps_offset=1), 0, {"order": "raster"}),
+        judging.folder_of(tmp_path, judge, scheduler, 0, {"order": "raster"}),
+        judging.folder_of(tmp_path, judge, scheduler, 0, {"order": "random"}),
+        judging.folder_of(tmp_path, judge, scheduler, 3, {"order": "raster"}),
+        judging.folder_of(tmp_path, other_judge, scheduler, 0, {"order": "raster"}),
+        judging.folder_of(tmp_path, judge, DDIMScheduler(steps_offset=1), 0, {"order": "raster"}),
     }
     assert len(folders) == 5
-    same = quality.folder_of(tmp_path, judge, quality.DDIMScheduler(), 0, {"order": "raster"})
+    same = judging.folder_of(tmp_path, judge, DDIMScheduler(), 0, {"order": "raster"})
     assert same in folders
 
 
 def test_a_folder_belongs_to_a_model_and_its_rows(tmp_path):
     pipe = Pipe()
-    quality.claim(tmp_path / "work", pipe, ROWS)
-    quality.claim(tmp_path / "work", pipe, ROWS)
+    judging.claim(tmp_path / "work", pipe, ROWS)
+    judging.claim(tmp_path / "work", pipe, ROWS)
     with pytest.raises(ValueError, match="rows"):
-        quality.claim(tmp_path / "work", pipe, ROWS[:2])
+        judging.claim(tmp_path / "work", pipe, ROWS[:2])
     torch.nn.init.zeros_(pipe.model.weight)
     with pytest.raises(ValueError, match="--work"):
-        quality.claim(tmp_path / "work", pipe, ROWS)
+        judging.claim(tmp_path / "work", pipe, ROWS)
 
 
 def test_page_and_plot(tmp_path):
