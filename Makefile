@@ -12,8 +12,9 @@ TRAIN_OPTIONS ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 KITS := $(VENV)/kits
+NEWEST := .venv-newest
 
-.PHONY: demo test test-slow test-quantization test-kits test-gpu check style data vae train-tiny \
+.PHONY: demo test test-slow test-newest test-quantization test-kits test-gpu check style data vae train-tiny \
 	train-tiny-from-scratch evaluate-tiny ablations clean
 
 demo: $(VENV)/.done
@@ -24,6 +25,15 @@ test: $(VENV)/.done $(VENV)/evaluation/.done
 
 test-slow: $(VENV)/.done
 	$(PYTEST) -m slow
+
+# The libraries that change most, as new as they are; without the upper bound that pyproject.toml sets. Apart from the
+# rest, so that `make test` goes on with the versions of constraints.txt.
+test-newest:
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check torch -c constraints.txt
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade transformers diffusers peft datasets
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n 2 --dist loadfile
 
 # Apart from the rest: where torchao is installed, every program that loads transformers prints its warnings.
 test-quantization: $(VENV)/.done
@@ -50,9 +60,17 @@ $(KITS)/.done: tests/kits.txt $(VENV)/.done
 test-gpu: $(VENV)/.done
 	$(PYTEST) -m gpu
 
+# The folders lie inside `mmar` only where it is installed from a wheel; so imports and types are checked there.
 check: $(VENV)/.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	rm -rf build
+	folder=$$(mktemp -d) && trap 'rm -rf "$$folder" build' EXIT && \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+		--target "$$folder" . && \
+	cp pyproject.toml "$$folder" && cd "$$folder" && \
+	$(CURDIR)/$(BIN)/lint-imports --no-logo --no-cache pyproject.toml && \
+	$(CURDIR)/$(BIN)/basedpyright --level error --pythonpath $(CURDIR)/$(BIN)/python
 
 style: $(VENV)/.done
 	$(BIN)/ruff check --fix .
@@ -193,4 +211,4 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo_output build dist *.egg-info
+	rm -rf $(VENV) $(NEWEST) demo_output build dist *.egg-info
