@@ -17,10 +17,10 @@ from .models import open_model, open_processor
 def main(
     source: str,
     out: Path,
-    dtype: str = "bfloat16",
-    guidance_scale: float | None = None,
-    num_ar_steps: int | None = None,
-    num_inference_steps: int | None = None,
+    dtype: str,
+    guidance_scale: float | None,
+    num_ar_steps: int | None,
+    num_inference_steps: int | None,
 ) -> None:
     r"""
     Writes a folder again.
@@ -28,7 +28,7 @@ def main(
     Args:
         source (`str`): Folder or repository of a trained model and its processor, for example a checkpoint.
         out (`Path`): Another folder.
-        dtype (`str`, *optional*, defaults to `"bfloat16"`): Of all but the VAE, which stays float32.
+        dtype (`str`): Of all but the VAE, which stays float32.
         guidance_scale, num_ar_steps, num_inference_steps (*optional*): New defaults of image generation.
 
     Raises:

@@ -281,16 +281,16 @@ def write_scale(folder: Path, config: dict[str, Any], moments: LatentMoments, mo
 def measure_folder(
     folder: Path,
     images: str,
-    mode: str = "scalar",
-    tolerance: float = 0.005,
-    max_pictures: int | None = None,
-    image_size: int | None = None,
-    column: str = "image",
-    split: str = "train",
-    batch_size: int = 16,
-    seed: int = 0,
-    overwrite: bool = False,
-    dry_run: bool = False,
+    mode: str,
+    tolerance: float,
+    max_pictures: int | None,
+    image_size: int | None,
+    column: str,
+    split: str,
+    batch_size: int,
+    seed: int,
+    overwrite: bool,
+    dry_run: bool,
 ) -> dict[str, Any]:
     r"""
     Measures the latents of a folder's VAE and writes their scale to its config. A warning on stderr says what kept the
@@ -299,12 +299,12 @@ def measure_folder(
     Args:
         folder (`Path`): Of an `AutoencoderKL` or an MMAR; its config.json is changed.
         images (`str`): Folder, parquet file, or id of a data set.
-        mode (`str`, *optional*, defaults to `"scalar"`): As for `write_scale`.
+        mode (`str`): As for `write_scale`.
         tolerance, max_pictures, batch_size (*optional*): As for `measure`.
         image_size (`int`, *optional*): Pixels along each side; the config's by default.
         column, split, seed (*optional*): Of the images; as for `iterate_pictures`.
-        overwrite (`bool`, *optional*, defaults to `False`): Replace a scale that was measured before.
-        dry_run (`bool`, *optional*, defaults to `False`): Measure, and write nothing.
+        overwrite (`bool`): Replace a scale that was measured before.
+        dry_run (`bool`): Measure, and write nothing.
 
     Returns:
         `dict`: What was measured, and under `"written"` the entries of the config.

@@ -17,9 +17,7 @@ from .folders import read_config
 from .models import model_class_of
 
 
-def main(
-    folder: Path, facts: Path | None = None, evaluations: Sequence[Path] = (), repo_id: str | None = None
-) -> None:
+def main(folder: Path, facts: Path | None, evaluations: Sequence[Path], repo_id: str | None) -> None:
     r"""
     Writes the card, README.md, of a folder.
 

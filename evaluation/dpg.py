@@ -76,7 +76,7 @@ def make_grid(files: list[Path]) -> Image.Image:
     return grid
 
 
-def main(drawing: DrawingOptions, prompts: Path, num_prompts: int | None = None) -> None:
+def main(drawing: DrawingOptions, prompts: Path, num_prompts: int | None) -> None:
     r"""
     Draws the prompts of DPG-Bench, and makes their grids.
 

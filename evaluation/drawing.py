@@ -332,8 +332,8 @@ class DrawingOptions:
     Args:
         model (`str`): Folder or Hub id of an MMAR.
         out (`Path`): Folder to draw into, or to go on with.
-        seed (`int`, *optional*, defaults to 0): Of the run.
-        batch_size (`int`, *optional*, defaults to 8): Images drawn at once.
+        seed (`int`): Of the run.
+        batch_size (`int`): Images drawn at once.
         dtype (`str`, *optional*): Of the weights; float32 on a CPU by default, as saved elsewhere.
         guidance_scale, preset, num_ar_steps, num_inference_steps (*optional*): As for the pipeline; the model's by
             default.
@@ -341,13 +341,13 @@ class DrawingOptions:
 
     model: str
     out: Path
-    seed: int = 0
-    batch_size: int = 8
-    dtype: str | None = None
-    guidance_scale: float | None = None
-    preset: str | None = None
-    num_ar_steps: int | None = None
-    num_inference_steps: int | None = None
+    seed: int
+    batch_size: int
+    dtype: str | None
+    guidance_scale: float | None
+    preset: str | None
+    num_ar_steps: int | None
+    num_inference_steps: int | None
 
     def command(self, *words: str, **more: Any) -> str:
         """The command line with which a command is started again: what was given, and the defaults."""

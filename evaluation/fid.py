@@ -443,12 +443,12 @@ def main(
     drawing: DrawingOptions,
     captions: Path,
     real: Path,
-    num_prompts: int = NUM_PROMPTS,
-    caption_seed: int = 0,
-    inception_weights: Path | None = None,
-    extractor_name: str | None = None,
-    feature_batch_size: int = 64,
-    num_workers: int = 0,
+    num_prompts: int,
+    caption_seed: int,
+    inception_weights: Path | None,
+    extractor_name: str | None,
+    feature_batch_size: int,
+    num_workers: int,
 ) -> None:
     r"""
     Draws captions, measures the distance to real pictures, and prints and writes the result.
@@ -457,12 +457,12 @@ def main(
         drawing (`DrawingOptions`): How to draw.
         captions (`Path`): COCO's captions_val2014.json, or one like it.
         real (`Path`): Folder of real pictures, or statistics of them.
-        num_prompts (`int`, *optional*, defaults to 30,000): Captions to draw.
-        caption_seed (`int`, *optional*, defaults to 0): Of the choice of captions.
+        num_prompts (`int`): Captions to draw.
+        caption_seed (`int`): Of the choice of captions.
         inception_weights (`Path`, *optional*): Local file, .pth or .safetensors.
         extractor_name (`str`, *optional*): module:Class of another feature extractor.
-        feature_batch_size (`int`, *optional*, defaults to 64): Pictures per pass of the extractor.
-        num_workers (`int`, *optional*, defaults to 0): Processes that read pictures.
+        feature_batch_size (`int`): Pictures per pass of the extractor.
+        num_workers (`int`): Processes that read pictures.
 
     Raises:
         ValueError: If captions, pictures, weights or extractor are not what they should be.

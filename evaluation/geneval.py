@@ -96,7 +96,7 @@ def table(scores: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(drawing: DrawingOptions, metadata: Path, num_prompts: int | None = None) -> None:
+def draw(drawing: DrawingOptions, metadata: Path, num_prompts: int | None) -> None:
     r"""
     Draws, and writes the metadata next to the pictures.
 
@@ -122,7 +122,7 @@ def draw(drawing: DrawingOptions, metadata: Path, num_prompts: int | None = None
         print(f"{drawing.out}: {len(prompts)} pictures of {len(rows)} prompts. Next: GenEval's evaluate_images.py.")
 
 
-def print_scores(results: Path, out: Path | None = None) -> None:
+def print_scores(results: Path, out: Path | None) -> None:
     """Prints the table of the scorer's results, and writes the scores to a file as JSON if one is named."""
     scores = read_scores(results)
     if out is not None:

@@ -248,7 +248,7 @@ def table(rows: dict[str, dict[str, int]]) -> str:
     return "\n".join(lines)
 
 
-def main(presets: Sequence[str], batch_size: int = 1, text_length: int = 128, dtype: str = "bfloat16") -> None:
+def main(presets: Sequence[str], batch_size: int, text_length: int, dtype: str) -> None:
     """Prints the table of presets or folders with a config.json; raises a `ValueError` as `load_preset` does."""
     rows = {}
     for preset in presets:

@@ -354,13 +354,13 @@ def main(
     model: str,
     data: Sequence[str],
     work_dir: Path,
-    name: str | None = None,
-    limit: int | None = None,
-    batch_size: int = 8,
-    dtype: str | None = None,
-    device: str | None = None,
-    max_new_tokens: int | None = None,
-    judge: str = EXACT_MATCHING,
+    name: str | None,
+    limit: int | None,
+    batch_size: int,
+    dtype: str | None,
+    device: str | None,
+    max_new_tokens: int | None,
+    judge: str,
 ) -> None:
     r"""
     Evaluates a model on benchmarks, and prints and writes the results.
@@ -372,7 +372,7 @@ def main(
         name (`str`, *optional*): The model's name in file names; the last part of `model` by default.
         limit (`int`, *optional*): So many rows of each benchmark; all by default.
         batch_size, dtype, device, max_new_tokens (*optional*): As for `MMARForVLMEvalKit`.
-        judge (`str`, *optional*, defaults to `"exact_matching"`): The kit's judge for open answers.
+        judge (`str`): The kit's judge for open answers.
 
     Raises:
         ValueError: As `evaluate` raises, or if a table or the model cannot be read.

@@ -23,13 +23,13 @@ def own_keys() -> list[tuple[str, str]]:
     for file, name in KEYS.items():
         tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
         declared = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
-        for field in (node for node in declared if isinstance(node, ast.AnnAssign)):
-            given = {keyword.arg: keyword.value for keyword in field.value.keywords}
-            default = given["default_factory"].body if "default_factory" in given else given.get("default")
-            about = ast.literal_eval(given["metadata"])["help"]
-            keys.append(
-                (field.target.id, about + (f" (default: {ast.unparse(default)})" if default is not None else ""))
-            )
+        for node in declared:
+            if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call):
+                given = {keyword.arg: keyword.value for keyword in node.value.keywords}
+                about = ast.literal_eval(given["metadata"])["help"]
+                if default := given.get("default", given.get("default_factory")):
+                    about += f" (default: {ast.unparse(default).removeprefix('lambda: ')})"
+                keys.append((ast.unparse(node.target), about))
     return keys
 
 

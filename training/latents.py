@@ -696,16 +696,16 @@ def main(
     data: str,
     model_name: str,
     out: Path,
-    num_copies: int = 0,
-    shard_size: int = 2048,
-    batch_size: int = 64,
-    seed: int = 0,
-    columns: Sequence[str] = (),
-    split: str = "train",
-    image_folder: str | None = None,
-    num_workers: int = 0,
-    num_processes: int | None = None,
-    process_index: int | None = None,
+    num_copies: int,
+    shard_size: int,
+    batch_size: int,
+    seed: int,
+    columns: Sequence[str],
+    split: str,
+    image_folder: str | None,
+    num_workers: int,
+    num_processes: int | None,
+    process_index: int | None,
 ) -> None:
     r"""
     Encodes the images of a source, or goes on with it, and prints what came of it.
@@ -716,7 +716,7 @@ def main(
         out (`Path`): As `folder` for `cache_latents`, like the numbers below.
         num_copies, shard_size, batch_size, seed, num_workers (`int`, *optional*): As for `cache_latents`.
         columns (`Sequence[str]`, *optional*): `key=name`, the data's names of our columns.
-        split (`str`, *optional*, defaults to `"train"`): Of a data set.
+        split (`str`): Of a data set.
         image_folder (`str`, *optional*): Where relative paths of images start, and what all must lie in.
         num_processes, process_index (`int`, *optional*): How many encode into the folder, and which of them this is;
             as torchrun says by default.

@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,13 @@ import typer
 from commands import mmar
 from PIL import Image
 
+from mmar.evaluation import fid
+from mmar.modeling_mmar.generation_mmar import PRESETS
 from mmar.training.recipe import PARTS, DataArguments, MMARTrainingArguments, find_recipe
 from mmar.training.trainer import TrainingArguments
+from mmar_cli import evaluation as cli_evaluation
 from mmar_cli.app import app
+from mmar_cli.generation import Preset
 from mmar_cli.training import own_keys
 
 
@@ -63,6 +68,11 @@ def test_the_help_of_train_lists_the_keys_that_are_not_those_of_transformers():
             default = field.default_factory()
         end = "" if default is dataclasses.MISSING else f" (default: {default!r})"
         assert about == field.metadata["help"] + end
+
+
+def test_choices_and_numbers_are_those_of_the_package():
+    assert typing.get_args(typing.get_args(typing.get_args(Preset)[0])[0]) == tuple(PRESETS)
+    assert cli_evaluation.NUM_PROMPTS == fid.NUM_PROMPTS
 
 
 def test_all_keys_are_listed_when_asked(capsys):
