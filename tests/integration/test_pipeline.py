@@ -396,13 +396,13 @@ def test_offloading_without_an_accelerator():
         ({"latents": torch.zeros(1, 4, 4, 4)}, "`latents` and `latent_mask` together"),
         (
             {"callback_on_step_end": lambda *args: {"latents": torch.zeros(1)}},
-            "must return latents as a tensor of the shape",
+            "`latents` as a tensor",
         ),
         ({"callback_on_step_end": lambda *args: 5}, "must return None or a dict; got int"),
         ({"callback_on_step_end": lambda *args: {"latents": [0.0]}}, "that it was given; got list"),
         (
             {"callback_on_step_end": lambda pipe, step, _, values: {"latents": values["latents"] * torch.nan}},
-            "the callback must return finite latents",
+            "finite `latents`",
         ),
     ],
 )
