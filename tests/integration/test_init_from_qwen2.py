@@ -65,6 +65,18 @@ def test_text_is_that_of_the_backbone_and_saving_again_changes_nothing(folders, 
     assert files_of(tmp_path / "again") == files_of(tmp_path / "out")
 
 
+def test_a_tied_head_that_is_stored_too_changes_nothing(folders, tmp_path):
+    shutil.copytree(folders / "qwen2", tmp_path / "qwen2")
+    file = tmp_path / "qwen2" / "model.safetensors"
+    weights = load_file(file)
+    save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, file, {"format": "pt"})
+    for backbone in (folders / "qwen2", tmp_path / "qwen2"):
+        init(folders, tmp_path / backbone.parent.name, backbone=str(backbone))
+    name = "model.safetensors"
+    expected, got = (load_file(tmp_path / backbone.name / name) for backbone in (folders, tmp_path))
+    assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in got)
+
+
 def make_system(folder, system):
     """A VQ tokenizer in `folder / "vqmodel"`, and the config of a system of Table 3 in `folder / "preset"`."""
     vq = VQModel(**{name: VAE_CONFIG[name] for name in VAE_CONFIG if "factor" not in name}, num_vq_embeddings=16)
