@@ -358,7 +358,7 @@ def test_what_is_missing_is_told(parts, tmp_path, monkeypatch, in_process, capsy
 
 
 def test_a_part_that_fails_is_told():
-    with pytest.raises(ValueError, match="mmar.training.latents"):
+    with pytest.raises(ValueError, match="mmar cache-latents"):
         study._call("mmar cache-latents", "--unknown")
 
 
