@@ -5,7 +5,6 @@ The losses of the tiny recipe's first 200 steps, in batches of 8, on 256 rows of
 """
 
 import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -47,9 +46,14 @@ def losses(folder: Path, *overrides: str) -> list[dict[str, Any]]:
     cache_latents(open_source(data), model, processor, folder / "latents", num_copies=1)
     recipe = [ROOT / "training/recipes/mmar_tiny_stage1.yaml", f"model={folder / 'init'}", f"data={data}"]
     recipe += [f"latents={folder / 'latents'}", f"output_dir={folder / 'run'}", f"max_steps={STEPS}", "use_cpu=true"]
-    recipe += [f"logging_steps={INTERVAL}", "per_device_train_batch_size=8", "save_strategy=no", "disable_tqdm=true"]
-    sys.argv = ["train", *map(str, recipe), *overrides]
-    train.main()
+    recipe += [
+        f"logging_steps={INTERVAL}",
+        "per_device_train_batch_size=8",
+        "save_strategy=no",
+        "disable_tqdm=true",
+        "bf16=false",
+    ]
+    train.main([*map(str, recipe), *overrides])
     history = json.loads((folder / "run" / "trainer_state.json").read_text())["log_history"]
     return [
         {name: entry[name] for name in ("step", "text_loss", "image_loss")} for entry in history if "loss" in entry

@@ -17,8 +17,9 @@ from mmar.training.checkpoints import last_whole_checkpoint
 HERE = Path(__file__).parent
 # Sums of float32 in another order, spread by six steps of a learning rate of 1e-2.
 TOLERANCE = 1e-4
-# Parameters that no autocast casts, such as position embeddings, are rounded when they are gathered.
-BF16_TOLERANCE = 1e-2
+# Parameters that no autocast casts, such as position embeddings, are rounded when they are gathered. How products of
+# bfloat16 are rounded depends on the processor: 1.1 percent in the second step where it has no instructions for them.
+BF16_TOLERANCE = 2e-2
 
 
 def train_on_two_ranks(out, mode, steps=6, checkpoint=None, must_end_well=True):

@@ -7,8 +7,8 @@ import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from mmar.evaluation import vlmevalkit_adapter
 from mmar.evaluation.vlmevalkit_adapter import MMARForVLMEvalKit
+from mmar_cli import app
 
 
 def text(value):
@@ -28,10 +28,9 @@ def refusal(call, *arguments):
 
 def command(*arguments):
     """What the adapter's command prints."""
-    sys.argv = ["command", *map(str, arguments)]
     printed = io.StringIO()
     with redirect_stdout(printed):
-        vlmevalkit_adapter.main()
+        app(["evaluate", "vlmevalkit", *map(str, arguments)], standalone_mode=False)
     return json.loads(printed.getvalue()[printed.getvalue().index('{\n "command"') :])
 
 
@@ -83,9 +82,9 @@ def main():
     }
 
     # Two rows, then the rest, of which the test gives the right answers as if a killed run had written them.
-    arguments = [folder, "--work_dir", work, "--name", "squares", "--max_new_tokens", 6, "--data"]
+    arguments = [folder, "--work_dir", work, "--name", "squares", "--max_new_tokens", 6]
     names = ["POPE_SQUARES", "YES_NO", "CHOICES", "OPEN"]
-    files = [tables / f"{name}.tsv" for name in names]
+    files = [part for name in names for part in ("--data", tables / f"{name}.tsv")]
     result["first"] = command(*arguments, *files, "--limit", 2)["results"]
     kept = {name: (work / "squares" / name / "answers.jsonl").read_text() for name in names}
     for name in ("POPE_SQUARES", "YES_NO", "CHOICES"):
@@ -98,7 +97,7 @@ def main():
         name: (work / "squares" / name / "answers.jsonl").read_text().startswith(kept[name]) for name in names
     }
     arguments[arguments.index(6)] = 5
-    result["refused"]["other run"] = refusal(command, *arguments, files[0])
+    result["refused"]["other run"] = refusal(command, *arguments, *files[:2])
     out.write_text(json.dumps(result))
 
 

@@ -60,7 +60,8 @@ def test_messages_become_content_or_are_refused(tmp_path):
 
 
 def test_a_row_names_no_file_but_the_kits_own(tmp_path):
-    kit, other = tmp_path / "kit", tmp_path / "other.png"
+    # With a dot: a path without one may be base64 as well.
+    kit, other = tmp_path / "kit.data", tmp_path / "other.png"
     kit.mkdir()
     other.write_bytes(b"x")
     (kit / "link.png").symlink_to(other)
