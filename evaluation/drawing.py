@@ -357,7 +357,7 @@ class DrawingOptions:
 
 def draw_with(drawing: DrawingOptions, prompts: Mapping[str, str], processes: Processes, command: str) -> str:
     r"""
-    Draws as a command was told.
+    Generates images as the options of a command say.
 
     Args:
         drawing (`DrawingOptions`): How.

@@ -53,7 +53,7 @@ def run(
 
 
 def folder_of(work: Path, judge: Path, scheduler: Any, seed: int, arguments: dict[str, Any]) -> Path:
-    """Where the drawings of a setting lie, by all that they and their figures hang on."""
+    """The folder of the images of a setting, named by all that they and their figures depend on."""
     parts = {"arguments": arguments, "scheduler": dict(scheduler.config), "seed": seed}
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode() + judge.read_bytes())
     return work / digest.hexdigest()[:16]

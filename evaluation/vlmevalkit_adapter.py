@@ -100,7 +100,7 @@ class MMARForVLMEvalKit(BaseModel):
         super().__init__()
         self.options = generation_options(options)
         self.answerer = MMARAnswerer.from_pretrained(model_path, device, dtype, batch_size)
-        # Where images of rows are, beside the kit's own folder.
+        # Where images of rows are, in addition to the kit's own folder.
         self.image_folders: list[str] = []
 
     def use_custom_prompt(self, dataset: str | None) -> bool:
